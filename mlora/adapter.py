@@ -1,0 +1,201 @@
+"""The parameters of an adapter on one linear, and the bank of named adapters that hangs below it.
+
+| base | lora_A[p] | lora_B[p] |
+|---|---|---|
+| column-parallel | [r_p, in], replicated | [rows of p on this rank, r_p] |
+| row-parallel | [r, in/t] | [out, r], replicated |
+| replicated | [r, in], replicated | [out, r], replicated |
+
+p runs over the projections that the linear fuses (q, k, v; gate, up; whole). A rank that holds no row of p (fewer query groups
+than ranks) has no lora_B[p]. With ``shared_A`` there is one lora_A, named "shared".
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mlora.config import LoraConfig
+from mlora.initial import draw
+from mlora.targets import Target
+from parallel.layout import LinearLayout
+
+SHARED = "shared"
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Where one adapter parameter stands in the whole: what checkpoints, exports and counts need.
+
+    Attributes:
+        name: global, for example ``decoder.layers.3.self_attention.linear_qkv.q.lora_A``.
+        parameter: this rank's piece.
+        shape: of the whole matrix.
+        offset: of this rank's piece in it.
+        replicated: every rank of the tensor-parallel group holds the same piece.
+    """
+
+    name: str
+    parameter: torch.nn.Parameter
+    shape: tuple[int, int]
+    offset: tuple[int, int]
+    replicated: bool
+
+
+class LinearAdapter(torch.nn.Module):
+    """A LoRA adapter on one linear.
+
+    Args:
+        layout: of the base.
+        targets: the projections of this linear that get a low-rank term.
+        config: of the adapter.
+        base: the base's weight; device and default dtype are taken from it.
+
+    Raises:
+        ValueError: ``shared_A`` with different ranks within one linear.
+    """
+
+    def __init__(self, layout: LinearLayout, targets: Sequence[Target], config: LoraConfig, base: torch.Tensor) -> None:
+        super().__init__()
+        self.layout = layout
+        self.config = config
+        self.dtype = config.adapter_dtype or base.dtype
+        by_part = {target.projection.part: target for target in targets}
+        self.parts = [part for part, _ in layout.parts if part in by_part]
+        self.ranks = {part: by_part[part].rank for part in self.parts}
+        self.scaling = {part: config.scaling(by_part[part].rank, by_part[part].alpha) for part in self.parts}
+        if config.shared_A and len(set(self.ranks.values())) > 1:
+            raise ValueError(f"{layout.name}: shared_A needs one rank for all its projections, not {self.ranks}")
+        self.lora_A = torch.nn.ParameterDict()
+        self.lora_B = torch.nn.ParameterDict()
+        for part in [SHARED] if config.shared_A else self.parts:
+            self.lora_A[part] = self._new_A(part, base.device)
+        for part in self.parts:
+            if layout.part_rows(part)[1]:
+                self.lora_B[part] = self._new_B(part, base.device)
+                self.register_buffer(f"_index_{part}", layout.output_index(part).to(base.device), persistent=False)
+
+    def _new_A(self, part: str, device: torch.device) -> torch.nn.Parameter:
+        layout, rank = self.layout, self.ranks[self.parts[0] if part == SHARED else part]
+        first, count = layout.columns
+        whole = self._draw(f"{layout.name}.{part}.lora_A", "A", rank, layout.in_features, rank)
+        return self._parameter(whole[:, first : first + count], 1, layout.partition_dim == 1, device)
+
+    def _new_B(self, part: str, device: torch.device) -> torch.nn.Parameter:
+        layout, rank = self.layout, self.ranks[part]
+        first, count = layout.part_rows(part)
+        whole = self._draw(f"{layout.name}.{part}.lora_B", "B", dict(layout.parts)[part], rank, rank)
+        return self._parameter(whole[first : first + count], 0, layout.partition_dim == 0, device)
+
+    def _draw(self, name: str, factor: str, rows: int, columns: int, rank: int) -> torch.Tensor:
+        return draw(self.config.seed, name, self.config.init_lora_weights, factor, rows, columns, rank)
+
+    def _parameter(self, value: torch.Tensor, dim: int, split: bool, device: torch.device) -> torch.nn.Parameter:
+        """A parameter with the marks by which Megatron counts its norm and completes its gradient."""
+        parameter: Any = torch.nn.Parameter(value.to(device=device, dtype=self.dtype, copy=True).contiguous())
+        parameter.tensor_model_parallel = split
+        parameter.partition_dim = dim if split else -1
+        parameter.partition_stride = 1
+        parameter.allreduce = True
+        parameter.sequence_parallel = self.layout.sequence_parallel and not split
+        return parameter  # type: ignore[no-any-return]
+
+    def factors(self) -> Iterator[Factor]:
+        """This rank's parameters and where they stand."""
+        layout = self.layout
+        for part, parameter in self.lora_A.items():
+            shape = (parameter.shape[0], layout.in_features)
+            name, offset = f"{layout.name}.{part}.lora_A", (0, layout.columns[0])
+            yield Factor(name, parameter, shape, offset, layout.partition_dim != 1)
+        for part, parameter in self.lora_B.items():
+            shape = (dict(layout.parts)[part], parameter.shape[1])
+            name, offset = f"{layout.name}.{part}.lora_B", (layout.part_rows(part)[0], 0)
+            yield Factor(name, parameter, shape, offset, layout.partition_dim != 0)
+
+    def fused(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A, B) of the whole fused linear on this rank: [R, in_l] with the scaling in it, and [out_l, R] with zeros between parts.
+
+        R is the sum of the projections' ranks, or the one rank with ``shared_A``.
+        """
+        if self.config.shared_A:
+            # Scalings may differ between the projections, so here they go into B.
+            return self.lora_A[SHARED], self._fused_B({part: (0, self.scaling[part]) for part in self.parts})
+        A = [self.lora_A[part] * self.scaling[part] for part in self.parts]
+        starts, at = {}, 0
+        for part in self.parts:
+            starts[part] = (at, 1.0)
+            at += self.ranks[part]
+        return (A[0] if len(A) == 1 else torch.cat(A)), self._fused_B(starts)
+
+    def _fused_B(self, places: dict[str, tuple[int, float]]) -> torch.Tensor:
+        rows = sum(segment.length for segment in self.layout.segments)
+        if len(self.layout.parts) == 1:
+            part = self.parts[0]
+            return self.lora_B[part] if places[part][1] == 1.0 else self.lora_B[part] * places[part][1]
+        width = max(start + self.ranks[part] for part, (start, _) in places.items())
+        device = next(iter(self.lora_A.values())).device
+        B = torch.zeros(rows, width, dtype=self.dtype, device=device)
+        for part, parameter in self.lora_B.items():
+            start, scale = places[part]
+            B[getattr(self, f"_index_{part}"), start : start + self.ranks[part]] = parameter * scale
+        return B
+
+    def delta(self) -> torch.Tensor:
+        """This rank's piece of σ B A, float32 [out_l, in_l] (float64 for float64 parameters)."""
+        A, B = (factor.detach() for factor in self.fused())
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return B.to(wide) @ A.to(wide)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "LinearAdapter":
+        """Moves with the model but keeps the adapter's dtype: ``Float16Module`` casts whatever it wraps."""
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class AdapterBank(torch.nn.Module):
+    """The named adapters below one linear, and which of them its forward adds.
+
+    It is no part of the model's ``state_dict``: a base checkpoint has the same keys with and without adapters, and
+    :mod:`mlora.checkpoint` saves the adapters. A state dict that does bring keys for it has them reported as unexpected.
+
+    Attributes:
+        adapters: by name.
+        active: the name of the adapter that forward adds; None for none.
+        merged: the name of the adapter that is in the base weight now; None for none.
+    """
+
+    def __init__(self, layout: LinearLayout) -> None:
+        super().__init__()
+        self.layout = layout
+        self.adapters = torch.nn.ModuleDict()
+        self.active: str | None = None
+        self.merged: str | None = None
+        self.weight_before_merge: torch.Tensor | None = None
+
+    def adapter(self, name: str) -> LinearAdapter | None:
+        """The adapter ``name`` on this linear, if it targets it."""
+        found = self.adapters[name] if name in self.adapters else None
+        return found if isinstance(found, LinearAdapter) else None
+
+    def current(self) -> LinearAdapter | None:
+        """The adapter to add in forward."""
+        if self.active is None or self.merged is not None:
+            return None
+        return self.adapter(self.active)
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Nothing: see the class."""
+        return {} if destination is None else destination
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        unexpected = args[3]
+        unexpected.extend(key for key in state_dict if key.startswith(prefix))
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: adapters are loaded by :mod:`mlora.checkpoint`."""
+        raise RuntimeError("an adapter bank has no state dict; load adapters with mlora.load_adapter()")

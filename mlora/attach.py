@@ -1,0 +1,257 @@
+"""``apply``: freeze the base and hang adapters below its linears, without replacing a module or renaming a parameter."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+
+from mlora.adapter import AdapterBank, Factor, LinearAdapter
+from mlora.config import LoraConfig
+from mlora.dropout import Dropout
+from mlora.linear import Geometry, LoraLinear
+from mlora.names import hf_module_name
+from mlora.targets import Projection, Target, select
+from parallel.layout import LinearLayout, read_layout
+from parallel.stages import as_chunks, named_modules, union_over_stages
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_ADAPTER = "default"
+
+
+class LoraMixin:
+    """Forward of an adapted linear; comes before Megatron's class in the instance's class."""
+
+    lora: AdapterBank
+    training: bool
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Megatron's seam: everything between the collectives around a linear."""
+        adapter = self.lora.current()
+        if adapter is None:
+            return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc,no-any-return]
+        bias, reduce_dx = kwargs.get("bias"), bool(kwargs.get("allreduce_dgrad"))
+        return LoraLinear.apply(input, weight, bias, *adapter.fused(), self._geometry(adapter, input, reduce_dx))  # type: ignore[no-any-return]
+
+    def _geometry(self, adapter: LinearAdapter, x: torch.Tensor, reduce_dx: bool) -> Geometry:
+        layout, config = adapter.layout, adapter.config
+        gathers = layout.sequence_parallel and layout.partition_dim == 0
+        dropout = None
+        if self.training and config.lora_dropout > 0:
+            length = x.shape[0] * (layout.group.size() if gathers else 1)
+            dropout = Dropout.of(config.lora_dropout, config.seed, layout.name, length)
+        return Geometry(
+            row_parallel=layout.partition_dim == 1,
+            sequence_parallel=layout.sequence_parallel,
+            group=layout.group,
+            reduce_dx=reduce_dx,
+            first_feature=layout.columns[0],
+            dropout=dropout,
+        )
+
+
+_adapted_classes: dict[type, type] = {}
+
+
+def _adapted_class(base: type) -> type:
+    """The subclass of a linear's class that adds the adapter; one for each class, so that ``isinstance`` stays true."""
+    if base not in _adapted_classes:
+        _adapted_classes[base] = type(f"Lora{base.__name__}", (LoraMixin, base), {"__module__": base.__module__})
+    return _adapted_classes[base]
+
+
+def banks(model: torch.nn.Module | Sequence[torch.nn.Module]) -> Iterator[AdapterBank]:
+    """Every adapter bank of this rank's chunks."""
+    for chunk in as_chunks(model):
+        yield from (module for module in chunk.modules() if isinstance(module, AdapterBank))
+
+
+def factors(
+    model: torch.nn.Module | Sequence[torch.nn.Module], adapter_name: str = DEFAULT_ADAPTER
+) -> Iterator[Factor]:
+    """Every parameter of one adapter on this rank, with its place in the whole.
+
+    Raises:
+        ValueError: no linear on any stage has an adapter of this name.
+    """
+    found = list(banks(model))
+    check_adapter_exists(found, adapter_name)
+    for bank in found:
+        adapter = bank.adapter(adapter_name)
+        if adapter is not None:
+            yield from adapter.factors()
+
+
+def check_adapter_exists(found: Sequence[AdapterBank], adapter_name: str) -> None:
+    """Raises ValueError, on every stage alike, for a name that no stage knows. A collective of the pipeline group."""
+    names = union_over_stages({name for bank in found for name in bank.adapters})
+    if adapter_name not in names:
+        raise ValueError(f"there is no adapter {adapter_name!r}; there is {', '.join(sorted(names)) or 'none'}")
+
+
+def apply(
+    model: Sequence[torch.nn.Module], config: LoraConfig, adapter_name: str = DEFAULT_ADAPTER
+) -> list[torch.nn.Module]:
+    """Freeze the base model and attach a LoRA adapter. Call it on every rank, before DDP and the optimizer.
+
+    Its type is that of Megatron's pre-wrap hook. Base modules stay the same objects with the same parameter and state-dict
+    names. A second call with another name adds an adapter, frozen and inactive until :func:`mlora.set_adapter`.
+
+    Args:
+        model: this rank's chunks: one, or one for each virtual pipeline stage.
+        config: what to adapt.
+        adapter_name: of the new adapter.
+
+    Returns:
+        ``model``'s chunks.
+
+    Raises:
+        ValueError: the name is taken or no identifier; a target, pattern or layer matches nothing on any stage (the message
+            lists what exists); a targeted linear is of a kind that cannot be adapted.
+    """
+    if not adapter_name.isidentifier():
+        raise ValueError(
+            f"adapter name {adapter_name!r} must be a Python identifier: it becomes part of parameter names"
+        )
+    chunks = as_chunks(model)
+    linears = {name: (module, layout) for name, module, layout in _linears(chunks)}
+    targets = select(_projections([layout for _, layout in linears.values()]), config, union_over_stages)
+    existing = union_over_stages({name for bank in banks(chunks) for name in bank.adapters})
+    if adapter_name in existing:
+        raise ValueError(f"there is an adapter {adapter_name!r} already")
+    if not existing:
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+    by_module: dict[str, list[Target]] = {}
+    for target in targets:
+        by_module.setdefault(target.projection.module, []).append(target)
+    for name, chosen in by_module.items():
+        _attach(*linears[name], chosen, config, adapter_name, first=not existing)
+    for chunk in chunks:
+        _let_gradients_reach_the_first_stage(chunk)
+    _log_summary(chunks, adapter_name)
+    return list(model)
+
+
+def _linears(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Module, LinearLayout]]:
+    """(global name, module, layout) of every linear in the layers of the model."""
+    for chunk in chunks:
+        for name, module in named_modules(chunk):
+            if name.rpartition(".")[2] == "output_layer":
+                continue  # PEFT's "all-linear" leaves it out, and its rows are padded.
+            layout = read_layout(name, module)
+            if layout is not None:
+                yield name, module, layout
+
+
+def _projections(layouts: Sequence[LinearLayout]) -> list[Projection]:
+    return [
+        Projection(layout.name, part, hf_module_name(layout.name, part))
+        for layout in layouts
+        for part, _ in layout.parts
+    ]
+
+
+def _attach(
+    module: torch.nn.Module,
+    layout: LinearLayout,
+    targets: list[Target],
+    config: LoraConfig,
+    adapter_name: str,
+    first: bool,
+) -> None:
+    _check_supported(module, layout)
+    if not isinstance(module, LoraMixin):
+        module.add_module("lora", AdapterBank(layout))
+        module.__class__ = _adapted_class(type(module))
+    bank: AdapterBank = module.lora  # type: ignore[assignment]
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    adapter = LinearAdapter(layout, targets, config, weight)
+    bank.adapters[adapter_name] = adapter.train(module.training)
+    if first:
+        bank.active = adapter_name
+    else:
+        adapter.requires_grad_(False)
+
+
+def freeze_all_but(bank: AdapterBank, adapter_name: str) -> None:
+    """Let only the adapter ``adapter_name`` of a bank train."""
+    for name, adapter in bank.adapters.items():
+        adapter.requires_grad_(name == adapter_name)
+
+
+def _check_supported(module: torch.nn.Module, layout: LinearLayout) -> None:
+    if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
+        raise ValueError(
+            f"{layout.name} is a {type(module).__name__}; adapters attach to ColumnParallelLinear and RowParallelLinear "
+            f"(Megatron's local spec) only"
+        )
+    if layout.expert:
+        raise ValueError(f"{layout.name} is an expert's linear; experts cannot be adapted: add it to exclude_modules")
+    if getattr(module, "gtp_remat_size", 1) > 1:
+        raise ValueError(
+            f"{layout.name}: its weight is rematerialised over a group (GTP), which adapters do not support"
+        )
+
+
+def _let_gradients_reach_the_first_stage(chunk: torch.nn.Module) -> None:
+    """Make the embedding's output require a gradient where something behind it needs one.
+
+    With the base frozen, nothing in front of the first adapter requires a gradient. Recomputation then records no graph for a
+    layer, and a stage without adapters has nothing to send a gradient back to. Both need hidden states that require grad.
+    """
+    embedding = getattr(chunk, "embedding", None)
+    config: Any = getattr(chunk, "config", None)
+    if embedding is None or config is None or getattr(chunk, "_mlora_embedding_hook", False):
+        return
+    if config.recompute_granularity is None and config.pipeline_model_parallel_size == 1:
+        return
+    embedding.register_forward_hook(_require_grad)
+    chunk._mlora_embedding_hook = True  # type: ignore[assignment]
+
+
+def _require_grad(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_(True)
+    return output
+
+
+def parameter_counts(model: torch.nn.Module | Sequence[torch.nn.Module]) -> tuple[int, int]:
+    """(trainable, all) parameters of the whole model, each global element once; vocabulary padding counts.
+
+    A collective of the tensor- and pipeline-parallel groups.
+    """
+    first = parallel_state.get_tensor_model_parallel_rank() == 0
+    counts = torch.zeros(2, dtype=torch.int64)
+    for chunk in as_chunks(model):
+        copied = getattr(chunk, "share_embeddings_and_output_weights", False) and not getattr(
+            chunk, "pre_process", True
+        )
+        for name, module in named_modules(chunk):
+            if copied and name == "output_layer":
+                continue  # The last stage's copy of the tied embedding.
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if first or _is_split(name, module, leaf, parameter):
+                    counts += torch.tensor([parameter.numel() * parameter.requires_grad, parameter.numel()])
+    counts = counts.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    torch.distributed.all_reduce(counts, group=parallel_state.get_model_parallel_group())
+    return int(counts[0]), int(counts[1])
+
+
+def _is_split(name: str, module: torch.nn.Module, leaf: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether the tensor-parallel ranks hold different pieces. Megatron marks parameters only when it initialises them."""
+    layout = read_layout(name, module)
+    if layout is not None:
+        return layout.partition_dim is not None and (leaf == "weight" or layout.partition_dim == 0)
+    return isinstance(module, VocabParallelEmbedding) or bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def _log_summary(chunks: Sequence[torch.nn.Module], adapter_name: str) -> None:
+    trainable, total = parameter_counts(chunks)
+    linears = union_over_stages({bank.layout.name for bank in banks(chunks) if adapter_name in bank.adapters})
+    if torch.distributed.get_rank() == 0:
+        share = f"{trainable:,} of {total:,} parameters train ({trainable / total:.4%})"
+        logger.info("LoRA adapter %r on %d linears; %s", adapter_name, len(linears), share)

@@ -1,0 +1,144 @@
+"""From a conversation to tokens, and which of them are the assistant's.
+
+A chat template is a program that turns messages into text; only templates with ``{% generation %}`` markers say which text
+is the assistant's. For the others this file locates the turns in the text. Knows nothing of lengths or of training.
+"""
+
+import os.path
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlora.sft.records import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_MARKERS = "put {% generation %} and {% endgeneration %} around assistant turns in tokenizer.chat_template"
+
+
+def encode_chat(record: Record, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[bool]]:
+    """The conversation under the tokenizer's chat template: token ids, and whether each is an assistant's, [n] each.
+
+    An assistant turn is its content and its end-of-turn token, not its header. A token that reaches over either end of
+    a turn counts as the turn's.
+
+    Raises:
+        ValueError: there is no chat template, the tokenizer gives no character offsets (it is not a fast one), the
+            template refuses the conversation or does not show where an assistant turn is.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{record.where}: the tokenizer has no chat template, so messages cannot be encoded; take the tokenizer of "
+            'a chat model, set tokenizer.chat_template, or write the data as "prompt" and "completion"'
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{record.where}: finding the assistant's tokens needs a fast tokenizer, got {type(tokenizer).__name__}"
+        )
+    chat = _Chat(record, tokenizer)
+    return chat.marked() if _GENERATION.search(tokenizer.get_chat_template()) else chat.located()
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """One conversation under one template."""
+
+    record: Record
+    tokenizer: "PreTrainedTokenizerBase"
+
+    def marked(self) -> tuple[list[int], list[bool]]:
+        """The assistant's is what the template marks with ``{% generation %}``."""
+        encoded = self._apply(
+            self.record.messages,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"verbose": False},
+        )
+        mask = [bool(marked) for marked in encoded["assistant_masks"]]
+        if not any(mask):
+            raise ValueError(f"{self.record.where}: the chat template marks nothing of the conversation; {_MARKERS}")
+        return list(encoded["input_ids"]), mask
+
+    def located(self) -> tuple[list[int], list[bool]]:
+        """Assistant turns located in the rendered text, then carried to the tokens by their character offsets."""
+        text = self._render(self.record.messages)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        begin, end = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        begin = np.minimum(begin, end - 1)  # byte-level tokenizers may trim a token of white space to nothing
+        mask = np.zeros(len(begin), dtype=np.bool_)
+        for turn, message in enumerate(self.record.messages):
+            if message["role"] == "assistant":
+                first, last = self._span(turn, text)
+                mask |= (begin < last) & (end > first)
+        return list(encoded["input_ids"]), mask.tolist()
+
+    def _span(self, turn: int, text: str) -> tuple[int, int]:
+        """Character range of an assistant turn in ``text``, the whole conversation as rendered.
+
+        It starts where the generation prompt ends. For its end the conversation is rendered again with another content
+        in this turn: what stays equal at the right is what follows the content. The turn is closed by the first special
+        token there that also follows the content when the conversation stops with this turn. (Comparing prefixes would
+        not do: Qwen3 drops the thinking of earlier turns, Phi-3 puts EOS after the last turn only.)
+        """
+        messages = self.record.messages
+        if turn == 0:
+            raise self._error(turn, "nothing stands before it")
+        head = self._render(messages[:turn], prompted=True)
+        probe = [*messages[:turn], {**messages[turn], "content": _unlike(messages[turn]["content"])}]
+        other = self._render([*probe, *messages[turn + 1 :]])
+        if not (text.startswith(head) and other.startswith(head)):
+            raise self._error(turn, f"it does not start with the generation prompt, {head[-40:]!r}")
+        if text == other:
+            raise self._error(turn, "its content is not rendered")
+        start = len(head)
+        if head == self._render(messages[:turn]):  # a template without generation prompt: a header may still follow
+            start = len(os.path.commonprefix([text, other]))
+        follows = _common_suffix(text[len(head) :], other[len(head) :])
+        closing = _common_suffix(self._render(messages[: turn + 1]), self._render(probe))
+        return start, len(text) - len(follows) + self._closing_length(turn, follows, closing)
+
+    def _closing_length(self, turn: int, follows: str, closing: str) -> int:
+        """Characters of the end-of-turn at the start of ``follows``, given what closes a conversation's last turn."""
+        shared = os.path.commonprefix([follows, closing])
+        ends = [shared.index(token) + len(token) for token in self._special_tokens() if token in shared]
+        if not ends and shared != closing:
+            raise self._error(turn, f"its end is {closing!r} at the end of a conversation, but not before")
+        return min(ends, default=len(shared))
+
+    def _special_tokens(self) -> set[str]:
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        return {token for token in added | set(self.tokenizer.all_special_tokens) if token.strip()}
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], *, prompted: bool = False) -> str:
+        return str(self._apply(messages, tokenize=False, add_generation_prompt=prompted))
+
+    def _apply(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template([dict(message) for message in messages], **options)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"{self.record.where}: the chat template refuses the conversation: {error}") from error
+
+    def _error(self, turn: int, reason: str) -> ValueError:
+        return ValueError(
+            f'{self.record.where}: the chat template does not show where the assistant turn "messages"[{turn}] is: '
+            f"{reason}; {_MARKERS}"
+        )
+
+
+def _unlike(content: str) -> str:
+    """A content that differs from ``content`` in the first and the last character, trimmed or not."""
+    bare = content.strip()
+    return next(letter for letter in "ABC" if letter not in (bare[:1], bare[-1:]))
+
+
+def _common_suffix(one: str, other: str) -> str:
+    length = len(os.path.commonprefix([one[::-1], other[::-1]]))
+    return one[len(one) - length :]

@@ -1,0 +1,76 @@
+"""Megatron's distributed optimizer, made to save and load where a rank holds nothing, or nothing yet.
+
+With torch's Adam (no Transformer Engine or Apex), Megatron reads the step count from the state of a rank's parameters: a rank that
+holds none (a pipeline stage without trainable parameters, more data-parallel ranks than a small buffer feeds) and an optimizer that
+has made no step yet have none to read.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import distrib_optimizer
+
+_PLACEHOLDER = "no parameter on this rank"
+
+
+def _inner(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizers inside Megatron's, where they are torch's own."""
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return []
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in chained if part.optimizer is not None]
+
+
+def allocate_adam_state(optimizer: Any) -> None:
+    """Give every parameter of a fresh optimizer the zero state that torch's Adam gives it at the first step."""
+    for inner in _inner(optimizer):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    inner.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+
+@contextlib.contextmanager
+def saveable(optimizer: Any) -> Iterator[None]:
+    """While it lasts, every rank can make the optimizer's state dict. Collective over the world."""
+    inner = _inner(optimizer)
+    steps = [float(state["step"]) for part in inner for state in part.state.values()]
+    latest = torch.tensor(max(steps, default=0.0), device=torch.cuda.current_device())
+    dist.all_reduce(latest, op=dist.ReduceOp.MAX)
+    empty = [part for part in inner if not part.state]
+    for part in empty:
+        part.state[_PLACEHOLDER] = {"step": latest.cpu()}  # type: ignore[index]
+    try:
+        yield
+    finally:
+        for part in empty:
+            part.state.pop(_PLACEHOLDER, None)  # type: ignore[call-overload]
+
+
+def load(optimizer: Any, state: dict[Any, Any]) -> None:
+    """``optimizer.load_state_dict`` for the fully reshardable format, also with torch's Adam.
+
+    That one counts its steps in each parameter's state, where Megatron's loader expects nothing but tensors of the checkpoint.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    states = [state] if len(parts) == 1 else [state[number] for number in range(len(parts))]
+    for part, saved in zip(parts, states, strict=True):
+        saved = dict(saved)
+        tensors = saved.pop("param_state", {})  # Left out of the file where a rank has none.
+        part.load_state_dict(saved)
+        counts = {parameter: held.pop("step") for parameter, held in _torch_states(part)}
+        part.load_parameter_state_from_fully_reshardable(tensors)
+        for parameter, count in counts.items():
+            # A count of its own: Megatron's loader gives all parameters one tensor, which each of them would then advance.
+            part.optimizer.state[parameter]["step"] = count.clone()
+
+
+def _torch_states(optimizer: Any) -> list[tuple[Any, dict[str, Any]]]:
+    return [item for inner in _inner(optimizer) for item in inner.state.items() if "step" in item[1]]

@@ -1,0 +1,343 @@
+"""One adapted linear on 1 to 4 ranks against the same mathematics unsharded, in float64, per tensor."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+
+import mlora
+from mlora import LoraConfig, linear
+from mlora.adapter import SHARED
+from mlora.attach import banks, factors
+from mlora.dropout import Dropout, MicroBatch, set_micro_batch
+from parallel import shards
+from parallel.layout import LinearLayout, read_layout
+from parallel.sizes import ParallelSizes
+from tests.ranks import run_ranks
+
+TOKENS, ROWS, HIDDEN = 12, 2, 24
+HEADS, WIDTH = 12, 6
+SEED = 5
+STEP = MicroBatch(step=3, first_row=4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A linear and its adapter."""
+
+    name: str
+    groups: int = 12
+    gated: bool = False
+    bias: bool = False
+    rank: int = 5
+    dropout: float = 0.0
+    shared_A: bool = False
+    targets: Any = "all-linear"
+    rank_pattern: Any = None
+
+
+QKV, PROJ, FC1, FC2 = "self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"
+
+CASES = [
+    Case(QKV),
+    Case(QKV, bias=True, dropout=0.3),
+    Case(QKV, targets=["q_proj", "v_proj"], rank=1),
+    Case(QKV, shared_A=True, rank=3, dropout=0.2),
+    Case(QKV, rank_pattern={"k_proj": 2}),
+    Case(PROJ),
+    Case(PROJ, dropout=0.3, rank=1),
+    Case(PROJ, bias=True),
+    Case(FC1, dropout=0.3),
+    Case(FC1, bias=True, targets=["up_proj"]),
+    Case(FC2, rank=7, dropout=0.1),
+]
+
+
+def cases(size: int) -> list[Case]:
+    """The cases that t ranks can hold: grouped-query attention with more groups than ranks, as many, and fewer."""
+    grouped = {1: [2, 1], 2: [2, 1], 3: [3, 1], 4: [4, 2, 1]}[size]
+    extra = [Case(QKV, groups=groups, bias=True, dropout=0.2) for groups in grouped]
+    gates = [Case(QKV, groups=groups, gated=True) for groups in grouped if groups >= size]
+    return CASES + extra + gates
+
+
+def config_of(case: Case, sizes: ParallelSizes) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        ffn_hidden_size=36,
+        num_attention_heads=HEADS,
+        num_query_groups=case.groups,
+        kv_channels=WIDTH,
+        attention_output_gate=case.gated,
+        gated_linear_unit=True,
+        add_bias_linear=case.bias,
+        tensor_model_parallel_size=sizes.tensor,
+        sequence_parallel=sizes.sequence_parallel,
+        params_dtype=torch.float64,
+        perform_initialization=False,
+        use_cpu_initialization=True,
+    )
+
+
+def features(case: Case) -> tuple[int, int]:
+    """(in, out) of the whole linear."""
+    heads_out = HEADS * WIDTH * (2 if case.gated else 1) + 2 * case.groups * WIDTH
+    return {QKV: (HIDDEN, heads_out), PROJ: (HEADS * WIDTH, HIDDEN), FC1: (HIDDEN, 72), FC2: (36, HIDDEN)}[case.name]
+
+
+def is_row(case: Case) -> bool:
+    return case.name in (PROJ, FC2)
+
+
+def random(name: str, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(map(ord, name)) * 1000 + len(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def build(case: Case, sizes: ParallelSizes) -> tuple[torch.nn.Module, torch.nn.Module, LinearLayout]:
+    """(model, linear, layout) of a model that holds one linear under Megatron's name, with the oracle's weights in it."""
+    config, (n_in, n_out) = config_of(case, sizes), features(case)
+    common: dict[str, Any] = {
+        "config": config,
+        "init_method": torch.nn.init.zeros_,
+        "bias": case.bias,
+        "skip_bias_add": False,
+    }
+    module: torch.nn.Module
+    if is_row(case):
+        module = RowParallelLinear(n_in, n_out, input_is_parallel=True, **common)
+    else:
+        module = ColumnParallelLinear(n_in, n_out, gather_output=False, **common)
+    parent, leaf = case.name.split(".")
+    model, inner = torch.nn.Module(), torch.nn.Module()
+    inner.add_module(leaf, module)
+    model.add_module(parent, inner)
+    layout = read_layout(case.name, module)
+    assert layout is not None
+
+    def weight(part: str, first: int, count: int, column: int, columns: int) -> torch.Tensor:
+        return random(f"W{part}", dict(layout.parts)[part], n_in)[first : first + count, column : column + columns]
+
+    def bias(part: str, first: int, count: int) -> torch.Tensor:
+        return random(f"b{part}", dict(layout.parts)[part])[first : first + count]
+
+    with torch.no_grad():
+        shards.cut(layout, weight, module.weight)  # type: ignore[arg-type]
+        if case.bias:
+            shards.cut_bias(layout, bias, module.bias)  # type: ignore[arg-type]
+    lora = LoraConfig(
+        r=case.rank,
+        lora_alpha=3,
+        lora_dropout=case.dropout,
+        target_modules=case.targets,
+        rank_pattern=case.rank_pattern or {},
+        shared_A=case.shared_A,
+        seed=SEED,
+    )
+    mlora.apply([model], lora)
+    with torch.no_grad():
+        for factor in factors([model]):
+            rows, columns = factor.parameter.shape
+            (row, column), whole = factor.offset, random(factor.name, *factor.shape)
+            factor.parameter.copy_(whole[row : row + rows, column : column + columns])
+    return model, module, layout
+
+
+@dataclass
+class Unsharded:
+    """The oracle: every projection as a linear of its own, with autograd."""
+
+    y: dict[str, torch.Tensor]
+    dx: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def unsharded(case: Case, layout: LinearLayout) -> Unsharded:
+    n_in = layout.in_features
+    x = random("x", TOKENS, ROWS, n_in).requires_grad_()
+    dropped = x
+    if case.dropout:
+        set_micro_batch(STEP)
+        dropped = Dropout.of(case.dropout, SEED, case.name, TOKENS)(x)
+    hf = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "gate": "gate_proj", "up": "up_proj"}
+    ranks = {part: (case.rank_pattern or {}).get(hf.get(part, ""), case.rank) for part, _ in layout.parts}
+    A: dict[str, torch.Tensor] = {}
+    B: dict[str, torch.Tensor] = {}
+    outputs = {}
+    for part, rows in layout.parts:
+        y = x @ random(f"W{part}", rows, n_in).T
+        if case.bias:
+            y = y + random(f"b{part}", rows)
+        if case.targets == "all-linear" or hf[part] in case.targets:
+            key = SHARED if case.shared_A else part
+            if key not in A:
+                A[key] = random(f"{case.name}.{key}.lora_A", ranks[part], n_in).requires_grad_()
+            B[part] = random(f"{case.name}.{part}.lora_B", rows, ranks[part]).requires_grad_()
+            y = y + 3 / ranks[part] * (dropped @ A[key].T) @ B[part].T
+        outputs[part] = y
+    sum((y * random(f"g{part}", TOKENS, ROWS, y.shape[-1])).sum() for part, y in outputs.items()).backward()  # type: ignore[union-attr]
+    gradients = {f"{case.name}.{part}.lora_A": factor.grad for part, factor in A.items()}
+    gradients |= {f"{case.name}.{part}.lora_B": factor.grad for part, factor in B.items()}
+    assert x.grad is not None
+    return Unsharded(outputs, x.grad, gradients)  # type: ignore[arg-type]
+
+
+def local_input(case: Case, sizes: ParallelSizes, layout: LinearLayout, rank: int) -> torch.Tensor:
+    """This rank's piece of the whole input, or of a gradient of its shape."""
+    return piece_of_input(random("x", TOKENS, ROWS, layout.in_features), case, sizes, rank).clone().requires_grad_()
+
+
+def piece_of_input(whole: torch.Tensor, case: Case, sizes: ParallelSizes, rank: int) -> torch.Tensor:
+    if is_row(case):
+        return whole.chunk(sizes.tensor, dim=-1)[rank]
+    return whole.chunk(sizes.tensor, dim=0)[rank] if sizes.sequence_parallel else whole
+
+
+def piece_of_output(
+    whole: dict[str, torch.Tensor], case: Case, sizes: ParallelSizes, layout: LinearLayout, rank: int
+) -> torch.Tensor:
+    if is_row(case):
+        return whole["whole"].chunk(sizes.tensor, dim=0)[rank] if sizes.sequence_parallel else whole["whole"]
+    return torch.cat([whole[s.part][..., s.start : s.start + s.length] for s in layout.segments], dim=-1)
+
+
+def run_case(rank: int, case: Case, sizes: ParallelSizes) -> dict[str, float]:
+    """The greatest relative error of each tensor of one linear on this rank."""
+    model, module, layout = build(case, sizes)
+    oracle = unsharded(case, layout)
+    set_micro_batch(STEP)
+    x = local_input(case, sizes, layout, rank)
+    y, _ = module(x)
+    g = {part: random(f"g{part}", TOKENS, ROWS, rows) for part, rows in layout.parts}
+    (y * piece_of_output(g, case, sizes, layout, rank)).sum().backward()
+    errors = {
+        "y": relative(y, piece_of_output(oracle.y, case, sizes, layout, rank)),
+        "dx": relative(x.grad, piece_of_input(oracle.dx, case, sizes, rank)),
+    }
+    for factor in factors([model]):
+        gradient = factor.parameter.grad
+        assert gradient is not None, factor.name
+        if factor.parameter.sequence_parallel:  # type: ignore[attr-defined]
+            dist.all_reduce(
+                gradient, group=parallel_state.get_tensor_model_parallel_group()
+            )  # Megatron's finalize step
+        (row, column), (rows, columns) = factor.offset, factor.parameter.shape
+        errors[factor.name] = relative(
+            gradient, oracle.gradients[factor.name][row : row + rows, column : column + columns]
+        )
+    assert set(oracle.gradients) >= {factor.name for factor in factors([model])}
+    return errors
+
+
+def relative(ours: torch.Tensor | None, theirs: torch.Tensor) -> float:
+    assert ours is not None and ours.shape == theirs.shape, (None if ours is None else ours.shape, theirs.shape)
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def all_cases(rank: int, sizes: ParallelSizes) -> dict[str, float]:
+    return {
+        f"{case}: {name}": error for case in cases(sizes.tensor) for name, error in run_case(rank, case, sizes).items()
+    }
+
+
+LAYOUTS = [ParallelSizes()]
+LAYOUTS += [ParallelSizes(tensor=t, sequence_parallel=sp) for t in (2, 3, 4) for sp in (False, True)]
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
+def test_every_tensor_equals_the_unsharded_one_on_every_rank(sizes: ParallelSizes) -> None:
+    for rank, errors in enumerate(run_ranks(sizes.tensor, all_cases, sizes, sizes=sizes)):
+        worst = max(errors, key=lambda name: errors[name])
+        assert errors[worst] < 1e-12, (rank, worst, errors[worst])
+
+
+def doubled(collective: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda tensor, group: collective(collective(tensor, group), group)
+
+
+def missing_all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return tensor
+
+
+def missing_reduce_scatter(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return tensor.chunk(group.size())[group.rank()]
+
+
+def scaled_reduce_scatter(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    piece = torch.empty_like(tensor.chunk(group.size())[0])
+    dist.reduce_scatter_tensor(piece, tensor.contiguous(), group=group)
+    return piece * group.size()
+
+
+def unmarked(model: torch.nn.Module) -> None:
+    for bank in banks([model]):
+        for parameter in bank.parameters():
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
+
+
+def broken_errors(rank: int, case: Case, sizes: ParallelSizes, site: str, name: str, fault: Any) -> float:
+    """The worst error with one of our collectives broken at one place (``site`` is the function that calls it)."""
+    from parallel import collectives
+
+    original = getattr(linear, site)
+
+    def broken_site(*args: Any) -> Any:
+        whole = getattr(collectives, name)
+        setattr(collectives, name, fault(whole) if fault is doubled else fault)
+        try:
+            return original(*args)
+        finally:
+            setattr(collectives, name, whole)
+
+    setattr(linear, site, broken_site)
+    try:
+        return max(run_case(rank, case, sizes).values())
+    finally:
+        setattr(linear, site, original)
+
+
+PLAIN, SP = ParallelSizes(tensor=2), ParallelSizes(tensor=2, sequence_parallel=True)
+FAULTS = [
+    (Case(QKV), PLAIN, "_gradient_of_A", "all_reduce", missing_all_reduce),
+    (Case(QKV), PLAIN, "_gradient_of_A", "all_reduce", doubled),
+    (Case(QKV), PLAIN, "_input_gradient", "all_reduce", missing_all_reduce),
+    (Case(QKV), PLAIN, "_input_gradient", "all_reduce", doubled),
+    (Case(QKV), SP, "_gradient_of_A", "reduce_scatter", missing_reduce_scatter),
+    (Case(QKV), SP, "_gradient_of_A", "reduce_scatter", scaled_reduce_scatter),
+    (Case(QKV), SP, "_input_gradient", "reduce_scatter", missing_reduce_scatter),
+    (Case(QKV), SP, "_input_gradient", "reduce_scatter", scaled_reduce_scatter),
+    (Case(PROJ), PLAIN, "_gradient_of_B", "all_reduce", missing_all_reduce),
+    (Case(PROJ), PLAIN, "_gradient_of_B", "all_reduce", doubled),
+]
+
+
+@pytest.mark.parametrize(("case", "sizes", "site", "name", "fault"), FAULTS)
+def test_a_collective_removed_or_doubled_is_seen(
+    case: Case, sizes: ParallelSizes, site: str, name: str, fault: Any
+) -> None:
+    errors = run_ranks(2, broken_errors, case, sizes, site, name, fault, sizes=sizes)
+    assert min(errors) > 1e-3
+
+
+def unmarked_errors(rank: int, case: Case) -> float:
+    original = factors
+
+    def factors_without_marks(model: Any) -> Any:
+        for factor in original(model):
+            factor.parameter.sequence_parallel = False  # type: ignore[attr-defined]
+            yield factor
+
+    globals()["factors"] = factors_without_marks
+    return max(run_case(rank, case, SP).values())
+
+
+@pytest.mark.parametrize("case", [Case(QKV), Case(PROJ)])
+def test_a_gradient_sum_that_megatron_is_not_asked_for_is_seen(case: Case) -> None:
+    assert min(run_ranks(2, unmarked_errors, case, sizes=SP)) > 1e-3

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# From a fresh clone to a fine-tuned model: makes .venv, installs the pinned versions (once), and runs
+# tools/quickstart.py, which says what it does. Arguments go to it: bash tools/quickstart.sh --help
+#
+# $PYTHON names the interpreter that makes .venv (python3 unless set).
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+bash "$root/tools/venv.sh" "$root/.venv" train,peft
+cd "$root"
+exec "$root/.venv/bin/python" tools/quickstart.py "$@"
