@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import distrib_optimizer
 
+_MOVING = ("params", "step")
 _PLACEHOLDER = "no parameter on this rank"
 
 
@@ -38,6 +39,19 @@ def allocate_adam_state(optimizer: Any) -> None:
 
 
 @contextlib.contextmanager
+def _own_hyperparameters(optimizer: Any) -> Iterator[None]:
+    """Keep what the parameter groups were made with: learning rates, weight decay.
+
+    Megatron looks a group's values up among the loaded ones by fields in which groups that differ only in their learning rates
+    are equal, so that one would get another's.
+    """
+    kept = [{key: value for key, value in group.items() if key not in _MOVING} for group in optimizer.param_groups]
+    yield
+    for group, values in zip(optimizer.param_groups, kept, strict=True):
+        group.update(values)
+
+
+@contextlib.contextmanager
 def saveable(optimizer: Any) -> Iterator[None]:
     """While it lasts, every rank can make the optimizer's state dict. Collective over the world."""
     inner = _inner(optimizer)
@@ -48,7 +62,8 @@ def saveable(optimizer: Any) -> Iterator[None]:
     for part in empty:
         part.state[_PLACEHOLDER] = {"step": latest.cpu()}  # type: ignore[index]
     try:
-        yield
+        with _own_hyperparameters(optimizer):
+            yield
     finally:
         for part in empty:
             part.state.pop(_PLACEHOLDER, None)  # type: ignore[call-overload]
@@ -58,13 +73,15 @@ def load(optimizer: Any, state: dict[Any, Any]) -> None:
     """``optimizer.load_state_dict`` for the fully reshardable format, also with torch's Adam.
 
     That one counts its steps in each parameter's state, where Megatron's loader expects nothing but tensors of the checkpoint.
+    The scheduler, loaded after it, sets the hyperparameters that move.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     states = [state] if len(parts) == 1 else [state[number] for number in range(len(parts))]
     for part, saved in zip(parts, states, strict=True):
         saved = dict(saved)
         tensors = saved.pop("param_state", {})  # Left out of the file where a rank has none.
-        part.load_state_dict(saved)
+        with _own_hyperparameters(part):
+            part.load_state_dict(saved)
         counts = {parameter: held.pop("step") for parameter, held in _torch_states(part)}
         part.load_parameter_state_from_fully_reshardable(tensors)
         for parameter, count in counts.items():
