@@ -52,6 +52,11 @@ class LinearAdapter(torch.nn.Module):
         config: of the adapter.
         base: the base's weight; device and default dtype are taken from it.
 
+    Attributes:
+        parts: the projections, in the layout's order.
+        hf_names: of each projection, its full path in Hugging Face's model.
+        ranks, scaling: of each projection.
+
     Raises:
         ValueError: ``shared_A`` with different ranks within one linear.
     """
@@ -63,6 +68,7 @@ class LinearAdapter(torch.nn.Module):
         self.dtype = config.adapter_dtype or base.dtype
         by_part = {target.projection.part: target for target in targets}
         self.parts = [part for part, _ in layout.parts if part in by_part]
+        self.hf_names = {part: by_part[part].projection.hf_name for part in self.parts}
         self.ranks = {part: by_part[part].rank for part in self.parts}
         self.scaling = {part: config.scaling(by_part[part].rank, by_part[part].alpha) for part in self.parts}
         if config.shared_A and len(set(self.ranks.values())) > 1:

@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from mlora.adapter import AdapterBank, Factor, LinearAdapter
 from mlora.config import LoraConfig
 from mlora.dropout import Dropout
+from mlora.families import Family
 from mlora.linear import Geometry, LoraLinear
 from mlora.names import hf_module_name
 from mlora.targets import Projection, Target, select
@@ -93,7 +94,10 @@ def check_adapter_exists(found: Sequence[AdapterBank], adapter_name: str) -> Non
 
 
 def apply(
-    model: Sequence[torch.nn.Module], config: LoraConfig, adapter_name: str = DEFAULT_ADAPTER
+    model: Sequence[torch.nn.Module],
+    config: LoraConfig,
+    adapter_name: str = DEFAULT_ADAPTER,
+    family: Family | None = None,
 ) -> list[torch.nn.Module]:
     """Freeze the base model and attach a LoRA adapter. Call it on every rank, before DDP and the optimizer.
 
@@ -104,13 +108,14 @@ def apply(
         model: this rank's chunks: one, or one for each virtual pipeline stage.
         config: what to adapt.
         adapter_name: of the new adapter.
+        family: whose Hugging Face names the linears have (``Pretrained.family``); None for Llama's names.
 
     Returns:
         ``model``'s chunks.
 
     Raises:
         ValueError: the name is taken or no identifier; a target, pattern or layer matches nothing on any stage (the message
-            lists what exists); a targeted linear is of a kind that cannot be adapted.
+            lists what exists); a linear is none of the family's; a targeted linear is of a kind that cannot be adapted.
     """
     if not adapter_name.isidentifier():
         raise ValueError(
@@ -118,7 +123,7 @@ def apply(
         )
     chunks = as_chunks(model)
     linears = {name: (module, layout) for name, module, layout in _linears(chunks)}
-    targets = select(_projections([layout for _, layout in linears.values()]), config, union_over_stages)
+    targets = select(_projections([layout for _, layout in linears.values()], family), config, union_over_stages)
     existing = union_over_stages({name for bank in banks(chunks) for name in bank.adapters})
     if adapter_name in existing:
         raise ValueError(f"there is an adapter {adapter_name!r} already")
@@ -147,9 +152,9 @@ def _linears(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.
                 yield name, module, layout
 
 
-def _projections(layouts: Sequence[LinearLayout]) -> list[Projection]:
+def _projections(layouts: Sequence[LinearLayout], family: Family | None) -> list[Projection]:
     return [
-        Projection(layout.name, part, hf_module_name(layout.name, part))
+        Projection(layout.name, part, hf_module_name(layout.name, part, family))
         for layout in layouts
         for part, _ in layout.parts
     ]

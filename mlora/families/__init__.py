@@ -1,1 +1,26 @@
-"""One file for each family of Hugging Face models: how its configuration, modules and tensors map to Megatron."""
+"""One file for each family of Hugging Face models: how its configuration, modules and tensors map to Megatron.
+
+A new family is one such file and an entry in :data:`FAMILIES`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlora.families.family import Architecture, Family
+from mlora.families.llama import LLAMA
+
+__all__ = ["FAMILIES", "LLAMA", "Architecture", "Family", "find_family"]
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA,)}
+
+
+def find_family(config: Mapping[str, Any], source: str = "config.json") -> Family:
+    """The family of a ``config.json``.
+
+    Raises:
+        ValueError: there is none for its ``model_type``.
+    """
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"{source}: model_type = {model_type!r} is not supported; it can be {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]

@@ -1,0 +1,156 @@
+"""What a family of Hugging Face models is: its configuration's keys, and the names of its modules on both sides.
+
+Nothing here needs a model, a process group or Megatron: the converters read the same tables as the loader.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from mlora.families.keys import ConfigKeys
+from mlora.families.rope import Rope
+
+WHOLE = "whole"
+
+
+@dataclass(frozen=True)
+class HfModule:
+    """A module of Hugging Face's model.
+
+    Attributes:
+        name: its path; ``{layer}`` (and other counters) stand for numbers.
+        shape: of its weight, in names of :attr:`Architecture.sizes`; its bias, if it has one, has the first of them.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+
+
+# Megatron module, with the same counters -> part -> the Hugging Face module that holds this part.
+ModuleTable = Mapping[str, Mapping[str, HfModule]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One model of a family: what its ``config.json`` says, in Megatron's words.
+
+    Attributes:
+        transformer: fields of Megatron's ``TransformerConfig`` that decide the mathematics.
+        sizes: by the names that :class:`HfModule` uses.
+        counts: how many modules a counter in a name numbers: ``{"layer": 32}``.
+        biased: last parts of the Megatron modules whose Hugging Face modules have a bias.
+        vocab_size: rows of the embedding.
+        tied: the output layer uses the embedding's weight.
+        max_position_embeddings: longest sequence that the checkpoint was made for.
+        window: shortest attention window of any layer, in tokens; None if all layers see all earlier tokens.
+        rope: the rotary embedding.
+    """
+
+    transformer: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    counts: Mapping[str, int]
+    biased: frozenset[str]
+    vocab_size: int
+    tied: bool
+    max_position_embeddings: int
+    window: int | None
+    rope: Rope
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Family:
+    """A family of models.
+
+    Attributes:
+        model_type, architectures: as its ``config.json`` has them.
+        defaults: what Hugging Face's class takes for a key that ``config.json`` has not.
+        modules: Megatron's modules and Hugging Face's.
+        read: makes an :class:`Architecture` of the keys.
+        ignored: regular expressions for tensors of old checkpoints that are computed anew, not loaded.
+    """
+
+    model_type: str
+    architectures: tuple[str, ...]
+    defaults: Mapping[str, Any]
+    modules: ModuleTable
+    read: Callable[[ConfigKeys], Architecture]
+    ignored: tuple[str, ...] = field(default=(r".*\.rotary_emb\.inv_freq",))
+
+    def architecture(self, config: Mapping[str, Any], source: str = "config.json") -> Architecture:
+        """The model that a ``config.json`` describes.
+
+        Raises:
+            ValueError: a key is missing, or has a value that cannot be represented exactly; file, key and value are named.
+        """
+        keys = ConfigKeys(config, self.defaults, source)
+        named = config.get("architectures")
+        if named and not set(named) <= set(self.architectures):
+            raise keys.error("architectures", f"is not supported; it can be {' or '.join(self.architectures)}")
+        architecture = self.read(keys)
+        keys.check_all_seen()
+        return architecture
+
+    def hf_name(self, module: str, part: str = WHOLE) -> str:
+        """The Hugging Face module that holds ``part`` of a Megatron module, both by their full paths.
+
+        Raises:
+            ValueError: the family has no such module.
+        """
+        for pattern, parts in self._by_module:
+            if (found := pattern.fullmatch(module)) and part in parts:
+                return parts[part].name.format(**found.groupdict())
+        raise ValueError(f"{module} ({part}) is no module of the {self.model_type} family")
+
+    def megatron_name(self, hf_module: str) -> tuple[str, str]:
+        """(Megatron module, part) of a Hugging Face module, by full paths: the inverse of :meth:`hf_name`.
+
+        Raises:
+            ValueError: the family has no such module.
+        """
+        for pattern, module, part in self._by_hf_module:
+            if found := pattern.fullmatch(hf_module):
+                return module.format(**found.groupdict()), part
+        raise ValueError(f"{hf_module} is no module of the {self.model_type} family")
+
+    def tensors(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """The name and shape of every tensor that a checkpoint of this model holds."""
+        expected: dict[str, tuple[int, ...]] = {}
+        for module, parts in self.modules.items():
+            if architecture.tied and module == "output_layer":
+                continue
+            for hf_module in parts.values():
+                shape = tuple(architecture.sizes[size] for size in hf_module.shape)
+                for name in _numbered(hf_module.name, architecture.counts):
+                    expected[f"{name}.weight"] = shape
+                    if module.rpartition(".")[2] in architecture.biased:
+                        expected[f"{name}.bias"] = shape[:1]
+        return expected
+
+    @cached_property
+    def _by_module(self) -> list[tuple[re.Pattern[str], Mapping[str, HfModule]]]:
+        return [(_pattern(module), parts) for module, parts in self.modules.items()]
+
+    @cached_property
+    def _by_hf_module(self) -> list[tuple[re.Pattern[str], str, str]]:
+        return [
+            (_pattern(hf_module.name), module, part)
+            for module, parts in self.modules.items()
+            for part, hf_module in parts.items()
+        ]
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """``layers.{layer}.mlp`` as a regular expression in which each counter is a group."""
+    return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(name)))
+
+
+def _numbered(name: str, counts: Mapping[str, int]) -> Iterator[str]:
+    """``name`` with each of its counters run through."""
+    counter = re.search(r"\{(\w+)\}", name)
+    if counter is None:
+        yield name
+        return
+    for number in range(counts[counter.group(1)]):
+        yield from _numbered(name.replace(counter.group(0), str(number)), counts)

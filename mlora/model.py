@@ -1,0 +1,185 @@
+"""A Hugging Face directory as this rank's chunks of a Megatron GPTModel."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from mlora.families import Architecture
+from mlora.loading import load_chunk
+from mlora.pretrained import Pretrained
+from mlora.vocabulary import MaskPadding, padded_size
+from parallel.norm import SequenceParallelRMSNorm
+from parallel.sizes import ParallelSizes
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(
+    pretrained: Pretrained,
+    sizes: ParallelSizes,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seq_length: int | None = None,
+    **overrides: Any,
+) -> list[torch.nn.Module]:
+    """This rank's chunks of the model, one for each virtual pipeline stage, with the base weights in them.
+
+    The modules are those of Megatron's local spec, on ``torch.cuda.current_device()`` (inside
+    :func:`parallel.cpu.megatron_on_cpu` the CPU). Their config has what Megatron's schedules and DDP read, so that a training
+    loop need not change it. Called on every rank, in process groups divided by ``sizes``.
+
+    Args:
+        pretrained: the opened directory.
+        sizes: how the model is divided.
+        dtype: of the weights: float64, float32, bfloat16 or float16.
+        seq_length: the longest sequence that will be run; by default the longest that the checkpoint was made for. It matters
+            to models with windowed attention, which is the same as full attention up to the window's length only.
+        overrides: fields of ``TransformerConfig`` that do not change the results, such as ``recompute_granularity``.
+
+    Raises:
+        FileNotFoundError: a file of weights is missing.
+        ValueError: the model does not divide by ``sizes``; ``seq_length`` exceeds an attention window; an override is unknown or
+            decided by the checkpoint; a tensor is missing, left over, of another shape or type (file and key are named).
+    """
+    architecture = pretrained.architecture
+    _check_sizes(architecture, sizes, uneven=any("pipeline" in name for name in overrides))
+    _check_window(architecture, seq_length)
+    config = _config(architecture, sizes, dtype, overrides)
+    chunks: list[torch.nn.Module] = []
+    with pretrained.weights() as weights:
+        for stage in range(sizes.virtual_pipeline or 1):
+            chunk = _chunk(architecture, config, stage if sizes.virtual_pipeline else None)
+            load_chunk(chunk, pretrained.family, architecture, weights)
+            chunks.append(chunk)
+        read, total = weights.bytes_read, weights.bytes
+    if dist.get_rank() == 0:
+        logger.info("%s: rank 0 read %.1f of %.1f MB", pretrained.path, read / 1e6, total / 1e6)
+    return chunks
+
+
+def _check_sizes(architecture: Architecture, sizes: ParallelSizes, uneven: bool) -> None:
+    fields_ = architecture.transformer
+    heads, groups, ffn, layers = (
+        fields_[name] for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "num_layers")
+    )
+    tensor, stages = sizes.tensor, sizes.pipeline * (sizes.virtual_pipeline or 1)
+    problems = [
+        f"{value} {what} do not divide by tensor parallel size {tensor}"
+        for value, what in ((heads, "attention heads"), (ffn, "features of the MLP"))
+        if value % tensor
+    ]
+    if groups % tensor and tensor % groups:
+        problems.append(f"{groups} query groups neither divide by tensor parallel size {tensor} nor divide it")
+    if layers % stages and not uneven:
+        virtual = f" x {sizes.virtual_pipeline} virtual stages" if sizes.virtual_pipeline else ""
+        problems.append(f"{layers} layers do not divide by {sizes.pipeline} pipeline stages{virtual}")
+    if problems:
+        raise ValueError(f"the model cannot be divided so: {'; '.join(problems)}")
+
+
+def _check_window(architecture: Architecture, seq_length: int | None) -> None:
+    length = architecture.max_position_embeddings if seq_length is None else seq_length
+    if architecture.window is not None and length > architecture.window:
+        raise ValueError(
+            f"sliding_window = {architecture.window}: sequences of {length} tokens would need windowed attention, which is not "
+            f"supported; give a seq_length of at most {architecture.window}"
+        )
+
+
+def _config(
+    architecture: Architecture, sizes: ParallelSizes, dtype: torch.dtype, overrides: Mapping[str, Any]
+) -> TransformerConfig:
+    decided = {
+        **architecture.transformer,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": sizes.tensor,
+        "pipeline_model_parallel_size": sizes.pipeline,
+        "virtual_pipeline_model_parallel_size": sizes.virtual_pipeline,
+        "sequence_parallel": sizes.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+    }
+    chosen = {
+        "calculate_per_token_loss": True,
+        "finalize_model_grads_func": finalize_model_grads,
+        # Batched p2p over gloo gives wrong gradients with virtual stages.
+        "batch_p2p_comm": dist.get_backend() == "nccl",
+        "perform_initialization": False,
+        "masked_softmax_fusion": False,
+        "attention_softmax_in_fp32": True,
+    }
+    known = {field.name for field in fields(TransformerConfig)}
+    for name in overrides:
+        if name not in known:
+            raise ValueError(f"{name} is no field of Megatron's TransformerConfig")
+        if name in decided:
+            raise ValueError(f"{name} = {overrides[name]!r} cannot be given: the checkpoint and the sizes decide it")
+    return TransformerConfig(**decided, **{**chosen, **overrides})
+
+
+def _chunk(architecture: Architecture, config: TransformerConfig, vp_stage: int | None) -> torch.nn.Module:
+    tensor = config.tensor_model_parallel_size
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=_spec(config, vp_stage),
+        vocab_size=padded_size(architecture.vocab_size, tensor),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=first,
+        post_process=last,
+        share_embeddings_and_output_weights=architecture.tied,
+        position_embedding_type="rope",
+        vp_stage=vp_stage,
+    )
+    # Megatron knows Llama 3.1's scaling with constants only.
+    frequencies = architecture.rope.inverse_frequencies(config.kv_channels)
+    chunk.rotary_pos_emb.inv_freq = frequencies.to(torch.cuda.current_device())
+    if last:
+        chunk.output_layer.register_forward_hook(MaskPadding(architecture.vocab_size))
+    if first and architecture.window is not None:
+        chunk.embedding.register_forward_pre_hook(_Longest(architecture.window), with_kwargs=True)
+    return chunk  # type: ignore[no-any-return]
+
+
+def _spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Megatron's local spec with a norm that works under sequence parallelism, for the layers of this chunk."""
+    layer: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    layer.submodules.input_layernorm = SequenceParallelRMSNorm
+    layer.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
+    if config.qk_layernorm:
+        layer.submodules.self_attention.submodules.q_layernorm = SequenceParallelRMSNorm
+        layer.submodules.self_attention.submodules.k_layernorm = SequenceParallelRMSNorm
+    count = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=SequenceParallelRMSNorm)
+
+
+class _Longest:
+    """A forward pre-hook on the embedding that refuses sequences longer than the attention window."""
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+
+    def __call__(self, module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = kwargs["input_ids"] if "input_ids" in kwargs else inputs[0]
+        if tokens.shape[1] > self._window:
+            raise ValueError(
+                f"a sequence of {tokens.shape[1]} tokens needs windowed attention (sliding_window = {self._window}), which is "
+                f"not supported"
+            )
