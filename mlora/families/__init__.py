@@ -8,10 +8,13 @@ from typing import Any
 
 from mlora.families.family import Architecture, Family
 from mlora.families.llama import LLAMA
+from mlora.families.mistral import MISTRAL
+from mlora.families.qwen2 import QWEN2
+from mlora.families.qwen3 import QWEN3
 
 __all__ = ["FAMILIES", "LLAMA", "Architecture", "Family", "find_family"]
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA,)}
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
 def find_family(config: Mapping[str, Any], source: str = "config.json") -> Family:

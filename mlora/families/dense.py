@@ -104,6 +104,26 @@ def read_dense(
     )
 
 
+def read_windows(keys: ConfigKeys) -> int | None:
+    """The attention window of Qwen's layers, if any of them has one."""
+    layers, kinds, used = keys.integer("num_hidden_layers"), keys.take("layer_types"), keys.flag("use_sliding_window")
+    window = keys.integer("sliding_window") if used and keys.take("sliding_window") is not None else None
+    first = keys.take("max_window_layers")
+    if kinds is None:
+        if window is not None and not isinstance(first, int):
+            raise keys.error("max_window_layers", "is not the number of the first layer with a window")
+        windowed = window is not None and first < layers
+    else:
+        if not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+            raise keys.error("layer_types", f'does not give "full_attention" or "sliding_attention" to {layers} layers')
+        windowed = "sliding_attention" in kinds
+        if windowed and window is None:
+            raise keys.error(
+                "layer_types", "has windowed layers, and use_sliding_window and sliding_window give no window"
+            )
+    return window if windowed else None
+
+
 def _head_width(keys: ConfigKeys, hidden: int, heads: int) -> int:
     keys.require("head_dim", lambda value: value is None or value > 0, "is not a positive number")
     width: int | None = keys.take("head_dim")
