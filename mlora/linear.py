@@ -4,15 +4,15 @@ With t ranks, x_l, W_l, A_l, B_l the pieces of a rank, σ folded into A, T token
 
 | base | forward | backward |
 |---|---|---|
-| column-parallel | y_l = x W_lᵀ + s B_lᵀ, s = x Aᵀ | d_l = dy_l B_l, dx = Σ_l (dy_l W_l + d_l A), dB_l = dy_lᵀ s, dA = (Σ_l d_l)ᵀ x |
+| column-parallel | y_l = x W_lᵀ + s B_lᵀ, s = x Aᵀ | d_l = dy_l B_l, dx = Σ_l (dy_l W_l + d_l A), dB_l = dy_lᵀ s, dA = Σ_l d_lᵀ x |
 | row-parallel | y = Σ_l (x_l W_lᵀ + p_l Bᵀ), p_l = x_l A_lᵀ | d = dy B, dx_l = dy W_l + d A_l, dA_l = dᵀ x_l, dB = dyᵀ Σ_l p_l |
 
 The sums over y and dx are the base's own collectives, into which the low-rank term goes. What is left is of size T x R:
 
 | base | without sequence parallelism | with it |
 |---|---|---|
-| column-parallel | all-reduce of d in backward | reduce-scatter of d in backward; dA is this rank's part of the sum over the sequence |
-| row-parallel | all-reduce of p in backward | none; dB is this rank's part of the sum over ranks |
+| column-parallel | all-reduce of d in backward | reduce-scatter of d in backward; dA is its part of a sum over the sequence |
+| row-parallel | all-reduce of p in backward | none; dB is its part of a sum over the ranks |
 
 Megatron's finalize step completes those partial sums (the parameters say ``sequence_parallel``); the others are complete here.
 """
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from mlora.dropout import Dropout
 from parallel import collectives
@@ -52,12 +53,20 @@ class Geometry:
         """The input is this rank's piece of the sequence and the linear works on the whole of it."""
         return self.sequence_parallel and not self.row_parallel
 
+    def first_token(self, tokens: int) -> int:
+        """Of an input of ``tokens`` tokens on this rank: the number of the first one in the whole sequence."""
+        return self.group.rank() * tokens if self.sequence_parallel and not self.row_parallel else 0
+
 
 class LoraLinear(torch.autograd.Function):
-    """``y = x Wᵀ + bias + dropout(x) Aᵀ Bᵀ`` with W and the bias frozen; see the module's text."""
+    """``y = x Wᵀ + bias + dropout(x) Aᵀ Bᵀ`` with W and the bias frozen; see the module's text.
+
+    The low-rank term comes first and the product with W is added into it, in forward and in backward: that saves a pass over
+    the large tensor, and a temporary of its size.
+    """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor,
@@ -66,36 +75,48 @@ class LoraLinear(torch.autograd.Function):
         lora_B: torch.Tensor,
         geometry: Geometry,
     ) -> torch.Tensor:
-        """x [s, b, in_l] ([s/t, b, in] if it gathers), weight [out_l, in_l], lora_A [R, in_l], lora_B [out_l, R] -> [s, b, out_l]."""
+        """x [s, b, in_l] ([s/t, b, in] if it gathers), weight [out_l, in_l], lora_A [R, in_l], lora_B [out_l, R] -> [s, b, out_l].
+
+        Raises:
+            RuntimeError: the weight or the bias requires a gradient, which it would not get.
+        """
+        _, needs_weight, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
+        if needs_weight or needs_bias:
+            raise RuntimeError("an adapted linear gives its base no gradient: its weight and bias must stay frozen")
         whole = collectives.all_gather(x, geometry.group) if geometry.gathers else x
         dropped = geometry.dropout(whole, first_feature=geometry.first_feature) if geometry.dropout else whole
-        low = torch.nn.functional.linear(dropped.to(lora_A.dtype), lora_A)
-        y = torch.nn.functional.linear(whole, weight, bias)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, low)
-        ctx.geometry = geometry
-        return (y + torch.nn.functional.linear(low, lora_B)).to(y.dtype)
+        low = torch.nn.functional.linear(_tokens(dropped).to(lora_A.dtype), lora_A)
+        term = torch.nn.functional.linear(low, lora_B)
+        y = _add_product(term if bias is None else term.add_(bias), _tokens(whole), weight.T)
+        ctx.save_for_backward(x if needs_A else None, weight, lora_A, lora_B, low if needs_B else None)
+        ctx.geometry, ctx.autocast = geometry, _autocast(x.device.type)
+        return y.view(*whole.shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """dy [s, b, out_l] -> the gradients of x, lora_A and lora_B."""
         x, weight, lora_A, lora_B, low = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
-        d = dy.to(lora_B.dtype) @ lora_B
-        dx = _input_gradient(dy, weight, d @ lora_A, geometry) if needs_x else None
-        dA = _gradient_of_A(x, d, geometry) if needs_A else None
-        dB = _gradient_of_B(dy, low, geometry) if needs_B else None
+        with torch.autocast(**ctx.autocast):
+            d = _tokens(dy).to(lora_B.dtype) @ lora_B
+            dx = _input_gradient(dy, weight, d @ lora_A, geometry) if needs_x else None
+            dA = _gradient_of_A(x, d, geometry) if needs_A else None
+            dB = _gradient_of_B(dy, low, geometry) if needs_B else None
         return dx, None, None, dA, dB, None
 
 
 def _input_gradient(dy: torch.Tensor, weight: torch.Tensor, low_dx: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     if geometry.dropout:
-        low_dx = geometry.dropout(low_dx, first_feature=geometry.first_feature)
-    dx = dy @ weight
-    dx = (dx + low_dx).to(dx.dtype)
+        shaped = low_dx.view(*dy.shape[:-1], low_dx.shape[-1])
+        low_dx = _tokens(geometry.dropout(shaped, first_feature=geometry.first_feature))
+    dx = _add_product(low_dx, _tokens(dy), weight)
     if geometry.gathers:
-        return collectives.reduce_scatter(dx, geometry.group)
-    return collectives.all_reduce(dx, geometry.group) if geometry.reduce_dx else dx
+        dx = collectives.reduce_scatter(dx, geometry.group)
+    elif geometry.reduce_dx:
+        dx = collectives.all_reduce_(dx, geometry.group)
+    return dx.view(-1, *dy.shape[1:-1], dx.shape[-1])
 
 
 def _gradient_of_A(x: torch.Tensor, d: torch.Tensor, geometry: Geometry) -> torch.Tensor:
@@ -104,17 +125,29 @@ def _gradient_of_A(x: torch.Tensor, d: torch.Tensor, geometry: Geometry) -> torc
     elif not geometry.row_parallel:
         d = collectives.all_reduce(d, geometry.group)
     if geometry.dropout:
-        first_token = geometry.group.rank() * x.shape[0] if geometry.gathers else 0
-        x = geometry.dropout(x, first_token=first_token, first_feature=geometry.first_feature)
-    return _token_product(d, x.to(d.dtype))
+        x = geometry.dropout(x, first_token=geometry.first_token(x.shape[0]), first_feature=geometry.first_feature)
+    return d.T @ _tokens(x).to(d.dtype)
 
 
 def _gradient_of_B(dy: torch.Tensor, low: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     if geometry.row_parallel and not geometry.sequence_parallel:
         low = collectives.all_reduce(low, geometry.group)
-    return _token_product(dy.to(low.dtype), low)
+    return _tokens(dy).to(low.dtype).T @ low
 
 
-def _token_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Σ over tokens of left ⊗ right: [s, b, m], [s, b, n] -> [m, n]."""
-    return left.flatten(0, 1).T @ right.flatten(0, 1)
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    """[s, b, n] -> [s·b, n], sequence first: the order that is gathered and scattered."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _add_product(term: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``term + left right`` in the product's dtype; ``term`` [T, n] is consumed, left [T, m], right [m, n]."""
+    if term.dtype == left.dtype == right.dtype:
+        return term.addmm_(left, right)
+    return (left @ right).add_(term)
+
+
+def _autocast(device: str) -> dict[str, Any]:
+    """What ``torch.autocast`` is told now, for backward: the engine runs that outside of the caller's context."""
+    enabled = torch.is_autocast_enabled(device)
+    return {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": enabled}

@@ -1,6 +1,6 @@
 """Collectives along the first dimension, for tensors of any size; a group of one is free.
 
-Each returns a new tensor and leaves its input as it was. None of them has an autograd formula: they are called inside
+They leave their input as it was, but for :func:`all_reduce_`. None of them has an autograd formula: they are called inside
 ``autograd.Function``s that state theirs.
 """
 
@@ -10,9 +10,14 @@ import torch.distributed as dist
 
 def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Sum over the group's ranks. ``[...]`` -> ``[...]``."""
+    return tensor if group.size() == 1 else all_reduce_(tensor.clone(), group)
+
+
+def all_reduce_(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Sum over the group's ranks, in place where the tensor is contiguous. ``[...]`` -> ``[...]``."""
     if group.size() == 1:
         return tensor
-    total = tensor.contiguous().clone()
+    total = tensor.contiguous()
     dist.all_reduce(total, group=group)
     return total
 

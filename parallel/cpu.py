@@ -64,9 +64,10 @@ class _CudaToCpu(TorchFunctionMode):
         )
         grads = torch.autograd._make_grads(outputs, given, is_grads_batched=False)
         keep = create_graph if retain_graph is None else retain_graph
+        leaves = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs or ())
         with self:
-            torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
-                outputs, grads, keep, create_graph, tuple(inputs or ()), allow_unreachable=True, accumulate_grad=True
+            torch.autograd.Variable._execution_engine.run_backward(
+                outputs, grads, keep, create_graph, leaves, allow_unreachable=True, accumulate_grad=True
             )
 
 
@@ -128,7 +129,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         torch.set_rng_state(state)
 
     def manual_seed(seed: int) -> None:
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
 
     return [
         (torch.cuda, "current_device", lambda: _CPU),
@@ -154,7 +155,7 @@ def megatron_on_cpu() -> Iterator[None]:
     Raises:
         RuntimeError: if CUDA was already initialised in this process; the redirection would mix devices.
     """
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise RuntimeError("megatron_on_cpu() cannot start: CUDA is already initialised in this process")
     with contextlib.ExitStack() as undo:
         for owner, name, replacement in _replacements():

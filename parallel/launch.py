@@ -27,16 +27,29 @@ def _environment() -> tuple[int, int, int]:
     return rank, world, local
 
 
+def _device_and_backend(device: str | None, backend: str | None) -> tuple[str, str]:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    backend = backend or ("nccl" if device == "cuda" else "gloo")
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f'device is {device!r}; it can be "cuda" or "cpu"')
+    if backend not in (("nccl", "gloo") if device == "cuda" else ("gloo",)):
+        raise ValueError(f'backend is {backend!r}; on "cpu" it can be "gloo", on "cuda" also "nccl"')
+    return device, backend
+
+
 def _start_process_group(rank: int, world: int, local_rank: int, device: str, backend: str, timeout: timedelta) -> None:
     if device == "cuda":
         count = torch.cuda.device_count()
+        if count == 0:
+            raise ValueError('device is "cuda", but torch sees no GPU; use "cpu"')
         if backend == "nccl" and local_rank >= count:
             raise ValueError(
                 f"local rank {local_rank} has no GPU: this host has {count}; start at most {count} ranks on it"
             )
         torch.cuda.set_device(local_rank % count)
     if world == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
 
@@ -64,13 +77,12 @@ def distributed(
         The device on which the model belongs.
 
     Raises:
-        ValueError: the world size does not fit ``sizes``, torchrun's variables are incomplete, or a rank has no GPU. It is
-            raised before any connection is made, on every rank alike.
+        ValueError: the world size does not fit ``sizes``, torchrun's variables are incomplete, the device or backend is
+            unknown, or a rank has no GPU. It is raised before any connection is made; the first three on every rank alike.
     """
     rank, world, local_rank = _environment()
     sizes.data(world)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    backend = backend or ("nccl" if device == "cuda" else "gloo")
+    device, backend = _device_and_backend(device, backend)
     timeout = timedelta(minutes=timeout_minutes)
     with contextlib.ExitStack() as stack:
         if device == "cpu":
@@ -86,10 +98,10 @@ def distributed(
 
 
 def divide(sizes: ParallelSizes, *, timeout_minutes: float = 10.0) -> None:
-    """Make Megatron's process groups in a default group that exists already."""
+    """Make Megatron's process groups, each with that timeout, in a default group that exists already."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
         virtual_pipeline_model_parallel_size=sizes.virtual_pipeline,
-        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        distributed_timeout_minutes=timeout_minutes,
     )

@@ -122,7 +122,7 @@ def read_layout(name: str, module: torch.nn.Module) -> LinearLayout | None:
     size = group.size()
     rows, columns = weight.shape
     out_features, in_features = rows * (size if dim == 0 else 1), columns * (size if dim == 1 else 1)
-    runs = list(_fused_rows(name, module.config, out_features, size))  # type: ignore[arg-type]
+    runs = list(_fused_rows(name, module.config, out_features, size if dim == 0 else 1))
     piece = (group.rank() * rows, rows) if dim == 0 else (0, rows)
     totals: dict[str, int] = {}
     for run in runs:
@@ -149,7 +149,7 @@ def _group(module: torch.nn.Module) -> dist.ProcessGroup:
 
 
 def _fused_rows(name: str, config: TransformerConfig, out_features: int, size: int) -> Iterator[Segment]:
-    """The rows of the whole linear as the ranks' pieces in order of rank."""
+    """The rows of the whole linear as the pieces of the ``size`` ranks that share them, in order of rank."""
     leaf = name.rpartition(".")[2]
     if leaf == "linear_qkv":
         yield from _qkv_rows(config)

@@ -58,11 +58,11 @@ class Entry:
         return int(torch.Size(self.shape).numel())
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Context that records collectives in :attr:`entries`, in the order in which they were issued."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.entries: list[Entry] = []
 
     def __torch_dispatch__(

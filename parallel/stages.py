@@ -32,7 +32,7 @@ def named_modules(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module
             renamed.pop()
         global_name = renamed[-1][1] + name[len(renamed[-1][0]) :] if renamed else name
         if isinstance(module, BaseTransformerLayer) and name.rpartition(".")[2].isdigit():
-            global_name = f"{global_name.rpartition('.')[0]}.{int(module.layer_number) - 1}"  # type: ignore[arg-type]
+            global_name = f"{global_name.rpartition('.')[0]}.{int(module.layer_number) - 1}"
             renamed.append((name, global_name))
         yield global_name, module
 

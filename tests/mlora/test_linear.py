@@ -1,5 +1,7 @@
 """One adapted linear on 1 to 4 ranks against the same mathematics unsharded, in float64, per tensor."""
 
+import ast
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from mlora import LoraConfig, linear
 from mlora.adapter import SHARED
 from mlora.attach import banks, factors
 from mlora.dropout import Dropout, MicroBatch, set_micro_batch
-from parallel import shards
+from parallel import collectives, shards
 from parallel.layout import LinearLayout, read_layout
 from parallel.sizes import ParallelSizes
 from tests.ranks import run_ranks
@@ -63,6 +65,7 @@ def cases(size: int) -> list[Case]:
     """The cases that t ranks can hold: grouped-query attention with more groups than ranks, as many, and fewer."""
     grouped = {1: [2, 1], 2: [2, 1], 3: [3, 1], 4: [4, 2, 1]}[size]
     extra = [Case(QKV, groups=groups, bias=True, dropout=0.2) for groups in grouped]
+    extra += [Case(QKV, groups=1, targets=["k_proj"])]  # Ranks without a row of k have an A and no B.
     gates = [Case(QKV, groups=groups, gated=True) for groups in grouped if groups >= size]
     return CASES + extra + gates
 
@@ -276,17 +279,20 @@ def scaled_reduce_scatter(tensor: torch.Tensor, group: dist.ProcessGroup) -> tor
     return piece * group.size()
 
 
-def unmarked(model: torch.nn.Module) -> None:
-    for bank in banks([model]):
-        for parameter in bank.parameters():
-            parameter.sequence_parallel = False  # type: ignore[attr-defined]
+def missing_all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return torch.cat([tensor] * group.size())
+
+
+def doubled_all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    pieces = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(pieces, tensor, group=group)
+    return torch.cat(pieces) * group.size()
 
 
 def broken_errors(rank: int, case: Case, sizes: ParallelSizes, site: str, name: str, fault: Any) -> float:
     """The worst error with one of our collectives broken at one place (``site`` is the function that calls it)."""
-    from parallel import collectives
-
-    original = getattr(linear, site)
+    owner = linear.LoraLinear if site == "forward" else linear
+    original = getattr(owner, site)
 
     def broken_site(*args: Any) -> Any:
         whole = getattr(collectives, name)
@@ -296,19 +302,18 @@ def broken_errors(rank: int, case: Case, sizes: ParallelSizes, site: str, name: 
         finally:
             setattr(collectives, name, whole)
 
-    setattr(linear, site, broken_site)
-    try:
-        return max(run_case(rank, case, sizes).values())
-    finally:
-        setattr(linear, site, original)
+    setattr(owner, site, broken_site)
+    return max(run_case(rank, case, sizes).values())
 
 
 PLAIN, SP = ParallelSizes(tensor=2), ParallelSizes(tensor=2, sequence_parallel=True)
 FAULTS = [
     (Case(QKV), PLAIN, "_gradient_of_A", "all_reduce", missing_all_reduce),
     (Case(QKV), PLAIN, "_gradient_of_A", "all_reduce", doubled),
-    (Case(QKV), PLAIN, "_input_gradient", "all_reduce", missing_all_reduce),
-    (Case(QKV), PLAIN, "_input_gradient", "all_reduce", doubled),
+    (Case(QKV), PLAIN, "_input_gradient", "all_reduce_", missing_all_reduce),
+    (Case(QKV), PLAIN, "_input_gradient", "all_reduce_", doubled),
+    (Case(QKV), SP, "forward", "all_gather", missing_all_gather),
+    (Case(QKV), SP, "forward", "all_gather", doubled_all_gather),
     (Case(QKV), SP, "_gradient_of_A", "reduce_scatter", missing_reduce_scatter),
     (Case(QKV), SP, "_gradient_of_A", "reduce_scatter", scaled_reduce_scatter),
     (Case(QKV), SP, "_input_gradient", "reduce_scatter", missing_reduce_scatter),
@@ -316,6 +321,19 @@ FAULTS = [
     (Case(PROJ), PLAIN, "_gradient_of_B", "all_reduce", missing_all_reduce),
     (Case(PROJ), PLAIN, "_gradient_of_B", "all_reduce", doubled),
 ]
+
+
+def test_every_collective_of_the_function_has_its_faults() -> None:
+    tree = ast.parse(inspect.getsource(linear))
+    called = {
+        (function.name, node.func.attr)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if isinstance(node.func.value, ast.Name) and node.func.value.id == "collectives"
+    }
+    assert sorted((site, name) for _, _, site, name, _ in FAULTS) == sorted([*called, *called])
 
 
 @pytest.mark.parametrize(("case", "sizes", "site", "name", "fault"), FAULTS)
@@ -341,3 +359,114 @@ def unmarked_errors(rank: int, case: Case) -> float:
 @pytest.mark.parametrize("case", [Case(QKV), Case(PROJ)])
 def test_a_gradient_sum_that_megatron_is_not_asked_for_is_seen(case: Case) -> None:
     assert min(run_ranks(2, unmarked_errors, case, sizes=SP)) > 1e-3
+
+
+def kept_shapes(rank: int, case: Case, sizes: ParallelSizes, frozen: bool) -> tuple[list[tuple[int, ...]], int]:
+    """(shapes of what the function keeps for backward, R)."""
+    _, module, layout = build(case, sizes)
+    set_micro_batch(STEP)
+    x = local_input(case, sizes, layout, rank)
+    adapter = module.lora.current()  # type: ignore[union-attr,operator]
+    A, B = (factor.detach().requires_grad_(not frozen) for factor in adapter.fused())
+    shapes: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: shapes.append(tuple(tensor.shape)), lambda _: None):
+        linear.LoraLinear.apply(x, module.weight, None, A, B, module._geometry(adapter, x, True))  # type: ignore[operator]
+    return shapes, A.shape[0]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_gathered_input_and_the_dropped_one_are_not_kept(frozen: bool) -> None:
+    case = Case(QKV, dropout=0.3)
+    shapes, R = run_ranks(2, kept_shapes, case, SP, frozen, sizes=SP)[1]
+    n_in, n_out = features(case)
+    factors_and_weight = [(n_out // 2, n_in), (R, n_in), (n_out // 2, R)]
+    activations = [] if frozen else [(TOKENS // 2, ROWS, n_in), (TOKENS * ROWS, R)]
+    assert sorted(shapes, key=str) == sorted(factors_and_weight + activations, key=str)
+
+
+def inputs_of_all_kinds(rank: int) -> dict[str, float]:
+    """Errors against the plain contiguous input: strided x and dy, tokens without a batch dimension, no gradient for x."""
+    _, module, layout = build(Case(FC1), PLAIN)
+    x = random("x", TOKENS, ROWS, layout.in_features)
+    dy = random("g", TOKENS, ROWS, sum(segment.length for segment in layout.segments))
+    plain = step(module, x, dy)
+    strided = step(
+        module, x.transpose(0, 2).contiguous().transpose(0, 2), dy.transpose(0, 1).contiguous().transpose(0, 1)
+    )
+    flat = step(module, x.flatten(0, 1), dy.flatten(0, 1))
+    leaf = step(module, x, dy, needs_x=False)
+    errors = {"strided": distance(strided, plain), "flat": distance(flat, plain)}
+    return errors | {"without dx": distance(leaf, {name: value for name, value in plain.items() if name != "dx"})}
+
+
+def step(module: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor, needs_x: bool = True) -> dict[str, torch.Tensor]:
+    """y and all gradients."""
+    module.zero_grad()
+    x = x.detach().requires_grad_(needs_x)
+    y, _ = module(x)
+    y.backward(dy)
+    tensors = {name: parameter.grad for name, parameter in module.lora.named_parameters()}  # type: ignore[union-attr]
+    return {"y": y.detach(), **({"dx": x.grad} if needs_x else {}), **tensors}  # type: ignore[dict-item]
+
+
+def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(relative(ours[name].reshape(theirs[name].shape), theirs[name]) for name in theirs)
+
+
+def test_inputs_may_be_strided_flat_or_without_gradient() -> None:
+    for errors in run_ranks(2, inputs_of_all_kinds, sizes=PLAIN):
+        assert max(errors.values()) < 1e-12, errors
+
+
+def in_precision(rank: int, base: torch.dtype, adapter: torch.dtype, autocast: bool) -> dict[str, Any]:
+    """Greatest relative error against float64, the dtypes of what comes out, and whether B = 0 changes a bit."""
+    _, module, layout = build(Case(FC1, bias=True), PLAIN)
+    x, dy = random("x", TOKENS, ROWS, layout.in_features), random("g", TOKENS, ROWS, module.weight.shape[0])  # type: ignore[index]
+    exact = step(module, x, dy)
+    for name, parameter in module.named_parameters():
+        parameter.data = parameter.data.to(adapter if name.startswith("lora.") else base)
+    for bank in banks([module]):
+        for held in bank.adapters.values():
+            held.dtype = adapter  # type: ignore[assignment]
+    output = torch.bfloat16 if autocast else base
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        module.zero_grad()
+        low_x = x.to(base).requires_grad_()
+        y, _ = module(low_x)
+    y.backward(dy.to(y.dtype))  # Outside of autocast, as training loops do.
+    ours = {"y": y, "dx": low_x.grad}
+    ours |= {name: parameter.grad for name, parameter in module.lora.named_parameters()}  # type: ignore[union-attr]
+    errors = {name: relative(tensor.double(), exact[name]) for name, tensor in ours.items()}  # type: ignore[union-attr]
+    assert y.dtype == output and low_x.grad is not None and low_x.grad.dtype == base
+    for bank in banks([module]):
+        torch.nn.init.zeros_(bank.adapters["default"].lora_B["up"])  # type: ignore[union-attr,index]
+        torch.nn.init.zeros_(bank.adapters["default"].lora_B["gate"])  # type: ignore[union-attr,index]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        start, off = module(low_x)[0], torch.nn.functional.linear(low_x, module.weight, module.bias)  # type: ignore[arg-type]
+    return {"worst": max(errors.values()), "start": relative(start.double(), off.double())}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("base", "adapter"),
+    [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)],
+)
+def test_lower_precision_and_autocast(base: torch.dtype, adapter: torch.dtype, autocast: bool) -> None:
+    exact = base == torch.float32 and not autocast
+    for found in run_ranks(2, in_precision, base, adapter, autocast, sizes=PLAIN):
+        assert found["worst"] < (1e-5 if exact else 3e-2), found
+        assert found["start"] < (1e-6 if exact else 1e-2), found
+
+
+def thawed(rank: int, name: str) -> str:
+    _, module, layout = build(Case(FC1, bias=True), PLAIN)
+    getattr(module, name).requires_grad_(True)
+    with pytest.raises(RuntimeError) as raised:
+        module(random("x", TOKENS, ROWS, layout.in_features))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_base_that_is_not_frozen_is_refused(name: str) -> None:
+    assert "must stay frozen" in run_ranks(2, thawed, name, sizes=PLAIN)[0]
