@@ -3,7 +3,8 @@
 import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
     "corda_config": (None,),
+    "enable_lora": (None,),  # PEFT before 0.3
     "ensure_weight_tying": (False, None),
     "eva_config": (None,),
     "fan_in_fan_out": (False,),
@@ -26,6 +28,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "loftq_config": (None, {}),
     "lora_bias": (False,),
     "lora_ga_config": (None,),
+    "merge_weights": (False, None),  # PEFT before 0.3
     "modules_to_save": (None, []),
     "monteclora_config": (None,),
     "target_parameters": (None, []),
@@ -40,6 +43,8 @@ _DESCRIPTIVE = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_config", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
+# What other libraries call the rank; no spelling of theirs is near enough to "r" to be found by likeness.
+_RANK_NAMES = {"rank", "lora_rank", "lora_r", "lora_dim"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,48 +90,70 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, set | frozenset) else value))
-        if self.layers_to_transform is not None and not isinstance(self.layers_to_transform, int):
-            object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
-        if isinstance(self.adapter_dtype, str):
-            object.__setattr__(self, "adapter_dtype", _dtype(self.adapter_dtype))
+            self._set(name, _names(name, getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name) or {})))
+            self._set(name, _pattern(name, getattr(self, name)))
+        self._set("layers_to_transform", _layers(self.layers_to_transform))
+        if isinstance(self.adapter_dtype, str):
+            self._set("adapter_dtype", _DTYPES.get(self.adapter_dtype, self.adapter_dtype))
+        for name, word in (("target_modules", "all-linear"), ("init_lora_weights", "gaussian")):
+            value = getattr(self, name)
+            if isinstance(value, str) and value.lower() == word:  # PEFT ignores the case of these two
+                self._set(name, word)
         self._check_numbers()
+        self._check_choices()
         self._check_names()
 
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def __reduce__(self) -> Any:
+        # The read-only patterns cannot be pickled, nor, then, could a model that holds its configuration be copied.
+        return type(self).from_dict, (self.to_dict(),)
+
     def _check_numbers(self) -> None:
-        for where, rank in [
-            ("r", self.r),
-            *((f"rank_pattern[{key!r}]", rank) for key, rank in self.rank_pattern.items()),
-        ]:
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        ranks = [(f"rank_pattern[{key!r}]", rank) for key, rank in self.rank_pattern.items()]
+        for where, rank in [("r", self.r), *ranks]:
+            if not _is_whole(rank) or rank < 1:
                 raise ValueError(f"{where} is {rank!r}; a LoRA rank is a whole number of at least 1")
         alphas = [(f"alpha_pattern[{key!r}]", alpha) for key, alpha in self.alpha_pattern.items()]
         for where, alpha in [("lora_alpha", self.lora_alpha), *alphas]:
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+            if not _is_number(alpha) or alpha <= 0:
                 raise ValueError(
                     f"{where} is {alpha!r}; it must be a positive number (with 0 the adapter would do nothing)"
                 )
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout!r}; it must be a number of at least 0 and below 1")
+        if not _is_whole(self.seed):
+            raise ValueError(f"seed is {self.seed!r}; it must be a whole number")
 
-    def _check_names(self) -> None:
-        if not self.target_modules:
-            raise ValueError('target_modules is empty; name modules, a regular expression, or "all-linear"')
-        if self.init_lora_weights not in (True, False, "gaussian"):
+    def _check_choices(self) -> None:
+        for name in ("use_rslora", "shared_A"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
             raise ValueError(f'init_lora_weights is {self.init_lora_weights!r}; it can be true, false or "gaussian"')
         if self.bias != "none":
             raise ValueError(f'bias is {self.bias!r}; only "none" is supported: base biases stay frozen')
+        if self.adapter_dtype is not None and self.adapter_dtype not in _DTYPES.values():
+            raise ValueError(f"adapter_dtype is {self.adapter_dtype!r}; it can be one of {', '.join(_DTYPES)}, or null")
+
+    def _check_names(self) -> None:
+        if not self.target_modules:
+            raise ValueError(
+                "target_modules is empty; name modules in a list, give a regular expression for whole paths as a string, "
+                'or write "all-linear"'
+            )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern is given without layers_to_transform; give both or neither")
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            if self.target_modules != "all-linear":
-                raise ValueError(
-                    "layers_to_transform needs target_modules as a list; a regular expression can name the layers"
-                )
+            raise ValueError(
+                f"layers_pattern is {self.layers_pattern!r} without layers_to_transform; give both or neither"
+            )
+        by_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if self.layers_to_transform is not None and by_regex:
+            raise ValueError(
+                f"layers_to_transform is {self.layers_to_transform!r} beside the regular expression {self.target_modules!r}; "
+                "name the layers in the expression, or give target_modules as a list"
+            )
 
     def scaling(self, rank: int, alpha: float) -> float:
         """The factor of the low-rank product for a module of this rank and alpha."""
@@ -149,29 +176,92 @@ class LoraConfig:
         """A configuration from PEFT's or mlora's JSON values.
 
         Raises:
-            ValueError: for a key that neither knows (with the nearest that exists), or a PEFT feature that mlora lacks.
+            ValueError: for a key that neither knows (with the nearest that exists), a PEFT feature that mlora lacks, a value
+                that a field cannot have. The message starts with ``source``.
         """
         known = {name.name for name in fields(cls)}
-        kind = values.get("peft_type", "LORA")
-        if kind != "LORA":
-            raise ValueError(f"{source}: peft_type is {kind!r}; only LORA is supported")
+        if values.get("peft_type", "LORA") != "LORA":
+            raise ValueError(f"{source}: peft_type is {values['peft_type']!r}; only LORA is supported")
         for key, value in values.items():
-            if key in known or key in _DESCRIPTIVE:
-                continue
-            if key not in _NEUTRAL:
-                near = difflib.get_close_matches(key, [*known, *_NEUTRAL], n=1)
-                raise ValueError(f"{source}: unknown field {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-            if value not in _NEUTRAL[key]:
+            if key in _NEUTRAL and value not in _NEUTRAL[key]:
                 raise ValueError(f"{source}: {key} = {value!r} is not supported; it must be {_NEUTRAL[key][0]!r}")
-        return cls(**{key: value for key, value in values.items() if key in known and value is not None})
+            if key not in known | _DESCRIPTIVE | _NEUTRAL.keys():
+                raise ValueError(f"{source}: unknown field {key!r}{_near(key, known)}")
+        of_peft = "peft_type" in values  # whose default for target_modules is null; ours is "all-linear"
+        if values.get("target_modules", None if of_peft else "all-linear") is None:
+            raise ValueError(
+                f"{source}: target_modules is null, by which PEFT means a choice that depends on the architecture; name the "
+                'modules, or write "all-linear"'
+            )
+        try:
+            return cls(**{key: value for key, value in values.items() if key in known})
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
 
     @classmethod
     def from_json(cls, path: str | Path) -> "LoraConfig":
-        """A configuration from an ``adapter_config.json``."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")), source=str(path))
+        """A configuration from an ``adapter_config.json``.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds no JSON object, or as :meth:`from_dict`. The message names the file.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # of JSON and of UTF-8
+            raise ValueError(f"{path}: not readable as JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected a JSON object with the fields of a LoraConfig, got {values!r:.60}")
+        return cls.from_dict(values, source=str(path))
 
 
-def _dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise ValueError(f"adapter_dtype is {name!r}; it can be one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+def _near(key: str, known: set[str]) -> str:
+    nearest = ["r"] if key in _RANK_NAMES else difflib.get_close_matches(key, [*known, *_NEUTRAL, *_DESCRIPTIVE], n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; the fields are {', '.join(sorted(known))}"
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _names(field_name: str, value: Any) -> Any:
+    """A regular expression as it is, names as a tuple (of a set: sorted), nothing as None."""
+    if not isinstance(value, str | Collection | None) or isinstance(value, bytes | Mapping):
+        raise ValueError(f"{field_name} is {value!r}; give a list of names, or a regular expression as a string")
+    if isinstance(value, Collection) and not isinstance(value, str):
+        value = tuple(sorted(value, key=str) if isinstance(value, Set) else value)
+    for name in (value,) if isinstance(value, str) else value or ():
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{field_name} holds {name!r}; give names as strings that are not empty")
+        if isinstance(value, str) or field_name == "layers_pattern":
+            _check_expression(field_name, name)
+    return value or None
+
+
+def _pattern(field_name: str, value: Any) -> Mapping[str, Any]:
+    """Expressions and their values, read-only; null is PEFT's other way to say that there are none."""
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{field_name} is {value!r}; give a mapping from the end of a module's path to its value")
+    for key in value or {}:
+        _check_expression(field_name, key)
+    return MappingProxyType(dict(value or {}))
+
+
+def _check_expression(field_name: str, expression: Any) -> None:
+    try:
+        re.compile(expression)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{field_name}: {expression!r} is no regular expression: {error}") from error
+
+
+def _layers(value: Any) -> Any:
+    """A layer index as it is, several as a tuple, none (PEFT takes an empty list so) as None."""
+    several = isinstance(value, Collection) and not isinstance(value, str)
+    for layer in value if several else () if value is None else (value,):
+        if not _is_whole(layer) or layer < 0:
+            raise ValueError(f"layers_to_transform is {value!r}; give a layer's index or a list of them, from 0")
+    return (tuple(value) or None) if several else value

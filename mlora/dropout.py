@@ -15,7 +15,7 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 _STATE = "mlora-dropout"
-_MASK32 = 0xFFFFFFFF
+_MASK32, _SIGN = 0xFFFFFFFF, 1 << 31
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class MicroBatch:
 def set_micro_batch(batch: MicroBatch) -> None:
     """Say which tokens the next forward pass holds. On this rank, for every chunk and adapter."""
     tracker = get_cuda_rng_tracker()
-    tracker.set_states({**tracker.get_states(), _STATE: torch.tensor([batch.step, batch.first_row])})
+    tracker.set_states({**tracker.get_states(), _STATE: torch.tensor([batch.step, batch.first_row], device="cpu")})
 
 
 def current_micro_batch() -> MicroBatch:
@@ -80,23 +80,42 @@ class Dropout:
         Args:
             x: [s, b, features], tokens ``first_token ...`` of each sequence and features ``first_feature ...`` of the whole.
         """
-        return x * self.mask(x, first_token=first_token, first_feature=first_feature)
+        kept = self.kept(x.shape, x.device, first_token=first_token, first_feature=first_feature)
+        # The scale is no tensor: in x's dtype it would be off by 0.15 % in bfloat16 at probability 0.1.
+        return torch.where(kept, x * (1 / (1 - self.probability)), 0)
 
-    def mask(self, x: torch.Tensor, *, first_token: int = 0, first_feature: int = 0) -> torch.Tensor:
-        """The factor that each element of ``x`` is multiplied with: 0 or 1 / (1 - probability)."""
-        tokens, rows, features = x.shape
-        position = torch.arange(first_token, first_token + tokens, device=x.device)[:, None]
-        row = torch.arange(self.first_row, self.first_row + rows, device=x.device)[None, :]
-        feature = torch.arange(first_feature, first_feature + features, device=x.device)
-        token_hash = _hash((row * self.length + position) ^ (self.key & _MASK32))
-        feature_hash = _hash(feature ^ (self.key >> 32))
-        keep = _hash(token_hash[:, :, None] ^ feature_hash) >= int(self.probability * 2**32)
-        return keep.to(x.dtype) / (1 - self.probability)
+    def kept(
+        self, shape: torch.Size, device: torch.device, *, first_token: int = 0, first_feature: int = 0
+    ) -> torch.Tensor:
+        """What is not dropped, bool [s, b, features].
+
+        Everything is 32-bit integers: element (t, f) is kept if ``h(h(t ^ low) ^ h(f ^ high)) >= probability * 2**32``, where
+        low and high are the halves of the key.
+        """
+        tokens, rows, features = shape
+        position = torch.arange(first_token, first_token + tokens, device=device)[:, None, None]
+        row = torch.arange(self.first_row, self.first_row + rows, device=device)[:, None]
+        feature = torch.arange(first_feature, first_feature + features, device=device)
+        token_hash = _hash(_int32((row * self.length + position) ^ (self.key & _MASK32)))
+        feature_hash = _hash(_int32(feature ^ (self.key >> 32)))
+        # torch compares int32 as signed: turning the sign bit of both sides makes that the unsigned order.
+        return _hash(token_hash ^ feature_hash).bitwise_xor_(-_SIGN) >= int(self.probability * 2**32) - _SIGN
+
+
+def _int32(x: torch.Tensor) -> torch.Tensor:
+    """The low 32 bits of int64 ``x``; torch has no arithmetic on unsigned 32-bit integers."""
+    return ((x + _SIGN & _MASK32) - _SIGN).to(torch.int32)
 
 
 def _hash(x: torch.Tensor) -> torch.Tensor:
-    """A 32-bit integer mixer (the multiplicative xorshift of C. Wellons' hash prospector), on int64 tensors."""
-    x = x & _MASK32
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
-    return x ^ (x >> 16)
+    """A 32-bit integer mixer (the multiplicative xorshift of C. Wellons' hash prospector), in place on an int32 tensor.
+
+    In place and on 32 bits, this takes a sixth of the time and half of the memory that it takes on int64.
+    """
+    x = _xor_shifted(x, 16).mul_(0x7FEB352D)
+    x = _xor_shifted(x, 15).mul_(0x846CA68B - 2 * _SIGN)
+    return _xor_shifted(x, 16)
+
+
+def _xor_shifted(x: torch.Tensor, by: int) -> torch.Tensor:
+    return x.bitwise_xor_((x >> by).bitwise_and_(_MASK32 >> by))

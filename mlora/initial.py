@@ -1,8 +1,15 @@
-"""Initial adapter weights that do not depend on the layout: drawn whole from (seed, name), then cut."""
+"""Initial adapter weights that do not depend on the layout: drawn whole from (seed, name), then cut.
+
+The bits are those of Philox4x64-10 (Salmon et al. 2011) under a 128-bit key: NumPy keeps that stream for good, and names cannot
+come to share a stream, as they could under ``torch.Generator``, which uses no more than 32 bits of a seed.
+"""
 
 import hashlib
 import math
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -18,10 +25,24 @@ def draw(seed: int, name: str, kind: bool | str, factor: str, rows: int, columns
     """
     if factor == "B" and kind is not False:
         return torch.zeros(rows, columns)
-    generator = torch.Generator().manual_seed(
-        int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
-    )
-    if kind == "gaussian":
-        return torch.randn(rows, columns, generator=generator) / rank
-    bound = 1 / math.sqrt(columns)
-    return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+    bits = _bits(f"{seed}/{name}", rows * columns)
+    values = _normal(bits) / rank if kind == "gaussian" else _symmetric(bits) / math.sqrt(columns)
+    return torch.from_numpy(values[: rows * columns].astype(np.float32).reshape(rows, columns))
+
+
+def _bits(stream: str, count: int) -> npt.NDArray[np.uint32]:
+    """An even number, at least ``count``, of random 32-bit words that belong to ``stream``."""
+    key = np.frombuffer(hashlib.sha256(stream.encode()).digest()[:16], dtype="<u8")
+    return np.random.Philox(key=key).random_raw(-(-count // 2)).astype("<u8").view("<u4")
+
+
+def _symmetric(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.floating[Any]]:
+    """Uniform in (-1, 1): the centres of 2**32 equal intervals."""
+    return (bits + 0.5) * 2.0**-31 - 1.0
+
+
+def _normal(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.floating[Any]]:
+    """Standard normal, by pairs (Box and Muller 1958)."""
+    first, second = bits.reshape(2, -1) + 0.5
+    radius, angle = np.sqrt(-2.0 * np.log(first * 2.0**-32)), second * (2.0**-31 * math.pi)
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
