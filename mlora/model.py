@@ -23,6 +23,29 @@ from parallel.sizes import ParallelSizes
 
 logger = logging.getLogger(__name__)
 
+# What changes a transformer's results and is so unless the architecture says otherwise: never an override's business.
+_PLAIN: dict[str, Any] = {
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "rotary_interleaved": False,
+    "layernorm_zero_centered_gamma": False,
+    "apply_query_key_layer_scaling": False,
+    "softmax_scale": None,
+    "window_size": None,
+    "multi_latent_attention": False,
+    "num_moe_experts": None,
+    "mtp_num_layers": None,
+}
+# Overrides by which Megatron divides layers otherwise than evenly.
+_UNEVEN = {
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+}
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
 
 def build_model(
     pretrained: Pretrained,
@@ -41,18 +64,19 @@ def build_model(
     Args:
         pretrained: the opened directory.
         sizes: how the model is divided.
-        dtype: of the weights: float64, float32, bfloat16 or float16.
+        dtype: of the weights: float64, float32 or bfloat16.
         seq_length: the longest sequence that will be run; by default the longest that the checkpoint was made for. It matters
             to models with windowed attention, which is the same as full attention up to the window's length only.
         overrides: fields of ``TransformerConfig`` that do not change the results, such as ``recompute_granularity``.
 
     Raises:
         FileNotFoundError: a file of weights is missing.
-        ValueError: the model does not divide by ``sizes``; ``seq_length`` exceeds an attention window; an override is unknown or
-            decided by the checkpoint; a tensor is missing, left over, of another shape or type (file and key are named).
+        ValueError: the model or ``seq_length`` does not divide by ``sizes``; ``seq_length`` exceeds an attention window; an
+            override is unknown or decided by the checkpoint; a tensor is missing, left over, of another shape or type (file and
+            key are named). All of it is checked on every rank alike, before anything is built.
     """
     architecture = pretrained.architecture
-    _check_sizes(architecture, sizes, uneven=any("pipeline" in name for name in overrides))
+    _check_sizes(architecture, sizes, seq_length, uneven=bool(_UNEVEN & overrides.keys()))
     _check_window(architecture, seq_length)
     config = _config(architecture, sizes, dtype, overrides)
     chunks: list[torch.nn.Module] = []
@@ -67,11 +91,9 @@ def build_model(
     return chunks
 
 
-def _check_sizes(architecture: Architecture, sizes: ParallelSizes, uneven: bool) -> None:
-    fields_ = architecture.transformer
-    heads, groups, ffn, layers = (
-        fields_[name] for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "num_layers")
-    )
+def _check_sizes(architecture: Architecture, sizes: ParallelSizes, seq_length: int | None, uneven: bool) -> None:
+    names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "num_layers")
+    heads, groups, ffn, layers = (architecture.transformer[name] for name in names)
     tensor, stages = sizes.tensor, sizes.pipeline * (sizes.virtual_pipeline or 1)
     problems = [
         f"{value} {what} do not divide by tensor parallel size {tensor}"
@@ -80,6 +102,8 @@ def _check_sizes(architecture: Architecture, sizes: ParallelSizes, uneven: bool)
     ]
     if groups % tensor and tensor % groups:
         problems.append(f"{groups} query groups neither divide by tensor parallel size {tensor} nor divide it")
+    if sizes.sequence_parallel and seq_length is not None and seq_length % tensor:
+        problems.append(f"sequences of {seq_length} tokens do not divide by tensor parallel size {tensor}")
     if layers % stages and not uneven:
         virtual = f" x {sizes.virtual_pipeline} virtual stages" if sizes.virtual_pipeline else ""
         problems.append(f"{layers} layers do not divide by {sizes.pipeline} pipeline stages{virtual}")
@@ -100,12 +124,8 @@ def _config(
     architecture: Architecture, sizes: ParallelSizes, dtype: torch.dtype, overrides: Mapping[str, Any]
 ) -> TransformerConfig:
     decided = {
+        **_PLAIN,
         **architecture.transformer,
-        "normalization": "RMSNorm",
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
         "tensor_model_parallel_size": sizes.tensor,
         "pipeline_model_parallel_size": sizes.pipeline,
         "virtual_pipeline_model_parallel_size": sizes.virtual_pipeline,
@@ -113,7 +133,6 @@ def _config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
     }
     chosen = {
         "calculate_per_token_loss": True,
@@ -124,6 +143,8 @@ def _config(
         "masked_softmax_fusion": False,
         "attention_softmax_in_fp32": True,
     }
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype}; it can be {', '.join(map(str, _DTYPES))}")
     known = {field.name for field in fields(TransformerConfig)}
     for name in overrides:
         if name not in known:
@@ -134,13 +155,13 @@ def _config(
 
 
 def _chunk(architecture: Architecture, config: TransformerConfig, vp_stage: int | None) -> torch.nn.Module:
-    tensor = config.tensor_model_parallel_size
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    vocab_size = padded_size(architecture.vocab_size, config.tensor_model_parallel_size)
     chunk = GPTModel(
         config=config,
         transformer_layer_spec=_spec(config, vp_stage),
-        vocab_size=padded_size(architecture.vocab_size, tensor),
+        vocab_size=vocab_size,
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=first,
         post_process=last,
@@ -150,8 +171,8 @@ def _chunk(architecture: Architecture, config: TransformerConfig, vp_stage: int 
     )
     # Megatron knows Llama 3.1's scaling with constants only.
     frequencies = architecture.rope.inverse_frequencies(config.kv_channels)
-    chunk.rotary_pos_emb.inv_freq = frequencies.to(torch.cuda.current_device())
-    if last:
+    chunk.rotary_pos_emb.inv_freq = frequencies.to(device=torch.cuda.current_device())
+    if last and vocab_size > architecture.vocab_size:
         chunk.output_layer.register_forward_hook(MaskPadding(architecture.vocab_size))
     if first and architecture.window is not None:
         chunk.embedding.register_forward_pre_hook(_Longest(architecture.window), with_kwargs=True)

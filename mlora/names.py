@@ -19,8 +19,8 @@ def hf_module_name(module: str, part: str, family: Family | None = None) -> str:
         return LLAMA.hf_name(module, part)
     except ValueError:
         parent, _, leaf = module.rpartition(".")
-        names = _leaves().get((leaf, part), leaf if part == WHOLE else f"{leaf}.{part}")
-        return f"{parent}.{names}" if parent else names
+        hf_leaf = _leaves().get((leaf, part), leaf if part == WHOLE else f"{leaf}.{part}")
+        return f"{parent}.{hf_leaf}" if parent else hf_leaf
 
 
 def _leaves() -> dict[tuple[str, str], str]:

@@ -59,14 +59,25 @@ class Pretrained:
     def weights(self) -> Weights:
         """The directory's tensors, compared by name and shape with the configuration; only the files' headers are read.
 
+        A tied output layer that was saved all the same is read and compared with the embedding.
+
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is truncated, a tensor is missing, left over, of another shape or not floating-point.
+            ValueError: a file is truncated, a tensor is missing, left over, of another shape or not floating-point; tied
+                embeddings differ.
         """
-        weights = Weights(self.path)
-        expected = self.family.tensors(self.architecture)
-        optional = {name for name in weights.shapes if any(re.fullmatch(p, name) for p in self.family.ignored)}
-        for name in optional:
-            expected[name] = weights.shapes[name]
-        weights.check(expected)
+        weights, family = Weights(self.path), self.family
+        expected = family.tensors(self.architecture)
+        ignored = [name for name in weights.shapes if any(re.fullmatch(pattern, name) for pattern in family.ignored)]
+        embedding, output = (
+            f"{family.hf_name(module)}.weight" for module in ("embedding.word_embeddings", "output_layer")
+        )
+        if self.architecture.tied and output in weights.shapes:
+            expected[output] = expected[embedding]
+        weights.check(expected | {name: weights.shapes[name] for name in ignored})
+        if self.architecture.tied and output in weights.shapes and not weights.equal(embedding, output):
+            raise ValueError(
+                f"{weights.where(output)}: {output} differs from {embedding}, and {CONFIG_FILE} says that they are one tensor "
+                f"(tie_word_embeddings)"
+            )
         return weights

@@ -106,6 +106,12 @@ class Weights:
         self.bytes_read += value.numel() * self._width[name]
         return value
 
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two matrices of one shape hold the same values."""
+        step, rows = 4096, self.shapes[name][0]
+        starts = ((first, min(step, rows - first)) for first in range(0, rows, step))
+        return all(torch.equal(self.read(name, *start), self.read(other, *start)) for start in starts)
+
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Compare names and shapes with what a model needs.
 

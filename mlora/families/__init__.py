@@ -24,6 +24,7 @@ def find_family(config: Mapping[str, Any], source: str = "config.json") -> Famil
         ValueError: there is none for its ``model_type``.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
         raise ValueError(f"{source}: model_type = {model_type!r} is not supported; it can be {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    return family

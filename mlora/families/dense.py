@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from mlora.families.family import WHOLE, Architecture, HfModule, ModuleTable
 from mlora.families.keys import ConfigKeys
 from mlora.families.rope import read_rope
@@ -78,6 +80,9 @@ def read_dense(
         "num_attention_heads": heads,
         "num_query_groups": groups,
         "kv_channels": width,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "normalization": "RMSNorm",
         "layernorm_epsilon": keys.number("rms_norm_eps"),
         "qk_layernorm": qk_norm,
         "add_qkv_bias": "linear_qkv" in biased,
@@ -106,9 +111,9 @@ def read_dense(
 
 def read_windows(keys: ConfigKeys) -> int | None:
     """The attention window of Qwen's layers, if any of them has one."""
-    layers, kinds, used = keys.integer("num_hidden_layers"), keys.take("layer_types"), keys.flag("use_sliding_window")
-    window = keys.integer("sliding_window") if used and keys.take("sliding_window") is not None else None
-    first = keys.take("max_window_layers")
+    layers, used = keys.integer("num_hidden_layers"), keys.flag("use_sliding_window")
+    size, first, kinds = (keys.take(key) for key in ("sliding_window", "max_window_layers", "layer_types"))
+    window = keys.integer("sliding_window") if used and size is not None else None
     if kinds is None:
         if window is not None and not isinstance(first, int):
             raise keys.error("max_window_layers", "is not the number of the first layer with a window")

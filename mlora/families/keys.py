@@ -6,7 +6,7 @@ Each key belongs to one of these:
 |---|---|
 | taken by the family | checked and used |
 | descriptive: :data:`DESCRIPTIVE`, or its name starts with ``_`` | ignored |
-| neither, and its value is null, false or empty | ignored: nothing is switched on |
+| neither, and its value is null, false, zero or empty | ignored: nothing is switched on |
 | neither | an error that names it |
 
 So a key that a later transformers adds is an error as soon as it does something, and never a silently different model.
@@ -93,8 +93,7 @@ class ConfigKeys:
     def check_all_seen(self) -> None:
         """Raises ValueError for a key that may change the mathematics and that nothing has taken."""
         for key, value in self._values.items():
-            off = value is None or value is False or value in ("", [], {})
-            if not (key in self._taken or key in DESCRIPTIVE or key.startswith("_") or off):
+            if value and not (key in self._taken or key in DESCRIPTIVE or key.startswith("_")):
                 raise self.error(
                     key,
                     "is not known for this family and may change its results; if it does not, remove it from the file",

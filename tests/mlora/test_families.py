@@ -1,0 +1,269 @@
+"""The families' tables against Hugging Face's own classes, and what of a ``config.json`` is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlora.families import FAMILIES, LLAMA, MISTRAL, QWEN2, Architecture, Family, find_family
+from mlora.families.keys import DESCRIPTIVE
+from mlora.families.rope import Rope
+from mlora.names import hf_module_name
+from tests.tiny import KINDS, LAYERS, make_model
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+}
+
+
+def config_json(kind: str) -> dict[str, Any]:
+    """What ``save_pretrained`` writes as ``config.json`` for a tiny model."""
+    return json.loads(make_model(kind).config.to_json_string())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_are_those_of_hugging_faces_model(kind: str) -> None:
+    model = make_model(kind)
+    config = json.loads(model.config.to_json_string())
+    family = find_family(config)
+    architecture = family.architecture(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if architecture.tied:
+        assert shapes.pop("lm_head.weight") == shapes["model.embed_tokens.weight"]
+    assert family.tensors(architecture) == shapes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inverse_frequencies_are_hugging_faces_bit_for_bit(kind: str) -> None:
+    model = make_model(kind)
+    config = json.loads(model.config.to_json_string())
+    architecture = find_family(config).architecture(config)
+    ours = architecture.rope.inverse_frequencies(architecture.sizes["head"])
+    assert torch.equal(ours, model.model.rotary_emb.inv_freq)
+    assert model.model.rotary_emb.attention_scaling == 1.0
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
+def test_defaults_are_those_of_hugging_faces_class(family: Family) -> None:
+    from transformers import AutoConfig
+
+    cls = type(AutoConfig.for_model(family.model_type))
+    known = {name: field.default for name, field in cls.__dataclass_fields__.items()}
+    for key, default in family.defaults.items():
+        if key in known:
+            assert known[key] == default, key
+        else:  # transformers 4's rotary keys, and Qwen 2's head_dim, which its attention reads if the file has it.
+            assert key in ("rope_theta", "rope_scaling", "head_dim") and default is None
+    own = {name for name in cls.__annotations__ if name in known}
+    assert {"hidden_size", "rms_norm_eps", "attention_dropout"} <= own
+    assert own - family.defaults.keys() - SHAPE.keys() <= DESCRIPTIVE
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
+def test_names_lead_there_and_back(family: Family) -> None:
+    for module, parts in family.modules.items():
+        for part in parts:
+            name = module.replace("{layer}", "13")
+            hf_name = family.hf_name(name, part)
+            assert "13" in hf_name or "{layer}" not in module
+            assert family.megatron_name(hf_name) == (name, part)
+
+
+def test_names_of_llama() -> None:
+    assert LLAMA.hf_name("decoder.layers.3.self_attention.linear_qkv", "v") == "model.layers.3.self_attn.v_proj"
+    assert LLAMA.hf_name("decoder.layers.3.mlp.linear_fc2") == "model.layers.3.mlp.down_proj"
+    assert LLAMA.megatron_name("model.layers.10.mlp.up_proj") == ("decoder.layers.10.mlp.linear_fc1", "up")
+    for wrong in ("decoder.layers.3.self_attention.linear_q_proj", "decoder.layers.x.mlp.linear_fc2", "x.output_layer"):
+        with pytest.raises(ValueError, match="no module of the llama family"):
+            LLAMA.hf_name(wrong)
+    with pytest.raises(ValueError, match=r"linear_qkv \(up\) is no module"):
+        LLAMA.hf_name("decoder.layers.3.self_attention.linear_qkv", "up")
+    with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp is no module of the llama family"):
+        LLAMA.megatron_name("model.layers.3.mlp")
+
+
+def test_names_without_a_family_are_llamas() -> None:
+    assert hf_module_name("decoder.layers.3.mlp.linear_fc1", "gate") == "model.layers.3.mlp.gate_proj"
+    assert hf_module_name("self_attention.linear_qkv", "k") == "self_attention.k_proj"
+    assert hf_module_name("decoder.layers.1.self_attention.linear_q_down_proj", "whole") == (
+        "decoder.layers.1.self_attention.linear_q_down_proj"
+    )
+    with pytest.raises(ValueError, match="linear_q_down_proj"):
+        hf_module_name("decoder.layers.1.self_attention.linear_q_down_proj", "whole", QWEN2)
+
+
+def old_style(config: dict[str, Any]) -> dict[str, Any]:
+    """The same configuration as transformers 4 wrote it."""
+    rope = dict(config["rope_parameters"])
+    old = {key: value for key, value in config.items() if key != "rope_parameters"}
+    old["rope_theta"] = rope.pop("rope_theta")
+    old["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    return old
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_of_transformers_4_is_the_same_architecture(kind: str) -> None:
+    config = config_json(kind)
+    family = find_family(config)
+    assert family.architecture(old_style(config)) == family.architecture(config)
+
+
+def test_rope_of_either_version() -> None:
+    def rope(**keys: Any) -> Rope:
+        return LLAMA.architecture(SHAPE | keys).rope
+
+    assert rope() == Rope(10000.0, "default", {})
+    assert rope(rope_theta=5e5).theta == 5e5
+    assert rope(rope_parameters={"rope_theta": 5e5}).theta == 5e5
+    assert rope(rope_scaling={"type": "linear", "factor": 2}) == Rope(10000.0, "linear", {"factor": 2})
+    same = {"rope_type": "linear", "factor": 4.0}
+    assert rope(rope_scaling=same, rope_parameters=same).kind == "linear"
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert rope(rope_scaling=llama3).parameters["original_max_position_embeddings"] == 128
+
+
+REFUSED: list[tuple[Family, dict[str, Any], str]] = [
+    (
+        LLAMA,
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        r"rope_scaling = .*'dynamic'; supported are default, linear, llama3",
+    ),
+    (LLAMA, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters = .*'yarn'"),
+    (LLAMA, {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling = .* needs a positive number 'factor'"),
+    (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": -1}}, "rope_scaling = .*'factor'"),
+    (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 2, "mscale": 1}}, "rope_scaling = .* has 'mscale'"),
+    (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling = .*'low_freq_factor'"),
+    (
+        LLAMA,
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
+        "low_freq_factor below high_freq_factor",
+    ),
+    (LLAMA, {"rope_scaling": [1]}, "rope_scaling = .* is no object"),
+    (LLAMA, {"rope_parameters": {"full_attention": {}}}, "rope_parameters = .* has 'full_attention'"),
+    (LLAMA, {"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e4}, "rope_theta = 10000.0 differs from 1000000.0"),
+    (LLAMA, {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"rope_theta": 1e5}}, "rope_scaling = .* differs"),
+    (LLAMA, {"rope_theta": 0}, "rope_theta = 0 is not a positive number"),
+    (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters = .* in part"),
+    (LLAMA, {"original_max_position_embeddings": 64}, "original_max_position_embeddings = 64 is not known"),
+    (LLAMA, {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    (LLAMA, {"attention_dropout": 0.1}, "attention_dropout = 0.1 .* training only"),
+    (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config = .* is not supported"),
+    (LLAMA, {"auto_map": {"AutoModel": "x.Y"}}, "auto_map = .* code of the checkpoint's own"),
+    (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "architectures = .*LlamaForCausalLM"),
+    (LLAMA, {"logit_scale": 0.5}, "logit_scale = 0.5 is not known for this family"),
+    (LLAMA, {"attention_bias": "yes"}, "attention_bias = 'yes' is neither true nor false"),
+    (LLAMA, {"hidden_size": 32.0}, "hidden_size = 32.0 is not a whole number"),
+    (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+    (LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide num_attention_heads 8"),
+    (
+        LLAMA,
+        {"num_attention_heads": 6, "num_key_value_heads": 6},
+        "num_attention_heads = 6 does not divide hidden_size 32",
+    ),
+    (LLAMA, {"head_dim": 7}, "head_dim = 7 is odd"),
+    (LLAMA, {"head_dim": -8}, "head_dim = -8"),
+    (LLAMA, {"rms_norm_eps": 0}, "rms_norm_eps = 0"),
+    (LLAMA, {"sliding_window": 64}, "sliding_window = 64 is not known"),
+    (MISTRAL, {"sliding_window": 0}, "sliding_window = 0"),
+    (MISTRAL, {"layer_types": ["full_attention"] * 4}, "layer_types = .* is not known"),
+    (QWEN2, {"layer_types": ["sliding_attention"] * 4}, "layer_types = .* give no window"),
+    (QWEN2, {"layer_types": ["full_attention"] * 3}, "layer_types = .* to 4 layers"),
+    (QWEN2, {"layer_types": ["chunked_attention"] * 4}, "layer_types = .* to 4 layers"),
+    (QWEN2, {"use_sliding_window": True, "max_window_layers": None}, "max_window_layers = None"),
+    (QWEN2, {"attention_bias": True}, "attention_bias = True is not known"),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"), REFUSED, ids=lambda value: str(value) if isinstance(value, dict) else ""
+)
+def test_what_cannot_be_represented_is_refused(family: Family, changes: dict[str, Any], message: str) -> None:
+    family.architecture(SHAPE)
+    with pytest.raises(ValueError, match=rf"^here/config\.json: .*{message}"):
+        family.architecture(SHAPE | changes, "here/config.json")
+
+
+@pytest.mark.parametrize("key", SHAPE)
+def test_a_shape_has_no_default(key: str) -> None:
+    rest = {name: value for name, value in SHAPE.items() if name != key}
+    if key in LLAMA.defaults:
+        LLAMA.architecture(rest)
+    else:
+        with pytest.raises(ValueError, match=f"config.json: {key} is missing"):
+            LLAMA.architecture(rest)
+
+
+def test_keys_without_effect_are_let_through() -> None:
+    harmless = {
+        "transformers_version": "4.40.0",
+        "_name_or_path": "x",
+        "bos_token_id": 1,
+        "pretraining_tp": 2,
+        "use_cache": True,
+    }
+    off = {"a_later_feature": False, "another": None, "third": {}, "quantization_config": None, "pruned_heads": {}}
+    assert LLAMA.architecture(SHAPE | harmless | off) == LLAMA.architecture(SHAPE)
+
+
+@pytest.mark.parametrize("model_type", [None, "gpt2"])
+def test_an_unknown_model_type_is_refused(model_type: str | None) -> None:
+    with pytest.raises(
+        ValueError, match=rf"x/config\.json: model_type = {model_type!r} is not supported; it can be llama, "
+    ):
+        find_family({"model_type": model_type}, "x/config.json")
+
+
+def test_windows() -> None:
+    def window(family: Family, **keys: Any) -> int | None:
+        return family.architecture(SHAPE | keys).window
+
+    assert window(LLAMA) is None
+    assert window(MISTRAL) == 4096
+    assert window(MISTRAL, sliding_window=None) is None
+    assert window(QWEN2) is None
+    assert window(QWEN2, use_sliding_window=True) is None  # max_window_layers is 28, and there are 4
+    assert window(QWEN2, use_sliding_window=True, max_window_layers=2, sliding_window=32) == 32
+    assert window(QWEN2, use_sliding_window=True, max_window_layers=0, sliding_window=None) is None
+    kinds = ["full_attention"] * 3
+    assert window(QWEN2, use_sliding_window=True, layer_types=[*kinds, "sliding_attention"]) == 4096
+    assert window(QWEN2, use_sliding_window=True, layer_types=[*kinds, "full_attention"], max_window_layers=0) is None
+
+
+def test_a_counter_of_its_own_numbers_a_second_list() -> None:
+    """Experts, for example: tables name them with one more counter."""
+    from mlora.families.family import HfModule
+
+    module = "decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc2"
+    experts = {"whole": HfModule("model.layers.{layer}.mlp.experts.{expert}.down_proj", ("hidden", "ffn"))}
+    family = replace(LLAMA, modules={module: experts})
+    architecture: Architecture = replace(LLAMA.architecture(SHAPE), counts={"layer": LAYERS, "expert": 3})
+    assert len(family.tensors(architecture)) == LAYERS * 3
+    name = "decoder.layers.2.mlp.experts.local_experts.1.linear_fc2"
+    assert family.hf_name(name) == "model.layers.2.mlp.experts.1.down_proj"
+    assert family.megatron_name("model.layers.2.mlp.experts.1.down_proj") == (name, "whole")
+
+
+def test_published_configurations_are_read(tmp_path: Path) -> None:
+    """The keys of well-known checkpoints' files, with what was typical of the transformers that wrote them."""
+    llama2 = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "pretraining_tp": 1,
+              "rope_scaling": None, "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "torch_dtype": "float16",
+              "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "use_cache": True}  # fmt: skip
+    llama32 = {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False,
+               "eos_token_id": [128001, 128008], "head_dim": 64, "rope_theta": 500000.0, "tie_word_embeddings": True,
+               "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                                "original_max_position_embeddings": 64, "rope_type": "llama3"}}  # fmt: skip
+    qwen25 = {"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "max_window_layers": 28, "rope_theta": 1000000.0,
+              "sliding_window": 32768, "use_sliding_window": False, "use_mrope": False, "tie_word_embeddings": True}  # fmt: skip
+    assert not LLAMA.architecture(SHAPE | llama2).tied
+    assert LLAMA.architecture(SHAPE | llama32).rope.kind == "llama3"
+    assert QWEN2.architecture(SHAPE | qwen25).tied
