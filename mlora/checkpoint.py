@@ -1,23 +1,22 @@
 """Native adapter checkpoints: sharded files that any layout saves and any other loads.
 
-A checkpoint is a directory that ``megatron.core.dist_checkpointing`` (``torch_dist``) wrote, with two JSON files beside:
+A checkpoint is a directory of Megatron's ``torch_dist`` files (:mod:`parallel.storage`) with two JSON files beside:
 
 | what | where |
 |---|---|
 | adapter matrices, whole, under ``adapter.<global Megatron module>.<projection>.lora_A`` | sharded files |
-| for resuming: optimizer, scheduler, random states, the caller's training state | sharded files, common.pt |
+| for resuming: optimizer, scheduler, random states, the caller's training state | sharded files |
 | :class:`~mlora.config.LoraConfig` | ``adapter_config.json`` |
 | iteration, layout at save, projections, base model | ``mlora.json`` |
 
-It is written under a temporary name and renamed when complete, so a directory ``iter_0000010`` is always whole.
+It is written under a temporary name, checked and then renamed, so a directory ``iter_0000010`` is always whole.
 """
 
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,17 +24,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from mlora.adapter import LinearAdapter
 from mlora.attach import DEFAULT_ADAPTER, banks, factors
 from mlora.config import LoraConfig
-from mlora.names import hf_module_name
+from mlora.folder import complete, make_empty, remove
+from parallel.optimizer import check_settings, saveable
 from parallel.optimizer import load as load_optimizer
-from parallel.optimizer import saveable
 from parallel.random import random_states, restore_random_states
 from parallel.stages import as_chunks, union_over_stages
+from parallel.storage import Reader, read, write
+from parallel.together import on_rank_zero, together
 
 logger = logging.getLogger(__name__)
 
@@ -105,25 +106,38 @@ def save_checkpoint(
         iteration: names the checkpoint.
         training: to resume from it later.
         base: plain facts of the base model for the exporters: ``model_type``, ``path``.
-        keep_last: after the save, remove all but this many newest checkpoints.
+        keep_last: after the save, remove all but this many of the checkpoints up to this iteration.
 
     Returns:
         The checkpoint's directory.
 
     Raises:
         FileExistsError: there is a checkpoint of this iteration.
-        ValueError: a parameter is not finite (named), on every rank alike.
+        OSError: a rank could not write.
+        ValueError: a parameter is not finite (named); ``training.state`` is more than tensors and plain values.
+
+    Every error is raised on every rank alike and leaves the checkpoints in ``folder`` as they were.
     """
+    if iteration < 0 or (keep_last is not None and keep_last < 1):
+        raise ValueError(f"iteration is {iteration} and keep_last {keep_last}; they must be at least 0 and 1")
     final = Path(folder) / f"iter_{iteration:07d}"
     partial = final.with_name(final.name + ".partial")
     adapters = adapter_sharded_state(model, adapter_name)
-    _check_finite(adapters)
-    info = _info(model, adapter_name, iteration, base)
-    config = adapter_config(model, adapter_name)
-    _on_rank_zero(lambda: _make_empty(partial, final))
+    _check_finite({name: piece.data for name, piece in adapters.items()}, "not saved")
+    info = _info(model, adapter_name, iteration, base) | {"training": training is not None}
+    texts = {CONFIG_FILE: _json(adapter_config(model, adapter_name).to_dict()), INFO_FILE: _json(info)}
     state = {"adapter": adapters, **(_training_state(training, adapters, is_loading=False) if training else {})}
-    dist_checkpointing.save(state, str(partial))
-    _on_rank_zero(lambda: _complete(partial, final, config, info, keep_last))
+    on_rank_zero(lambda: make_empty(partial, final))
+    try:
+        write(state, partial)
+        on_rank_zero(lambda: complete(partial, final, texts))
+    except Exception:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if keep_last is not None:
+        earlier = [path for path in checkpoints(folder) if path.name <= final.name]
+        on_rank_zero(lambda: remove(earlier[:-keep_last]))
     return final
 
 
@@ -133,18 +147,22 @@ def load_checkpoint(
     """Load an adapter, and with ``training`` its optimizer and scheduler, from a checkpoint saved at any layout.
 
     The adapter must be attached already, with the same targets and ranks. Random states are restored when the layout is the
-    one that saved them.
+    one that saved them. Without ``training``, load before the optimizer is made: it may keep float32 copies of the parameters.
 
     Returns:
         The training state that was saved; empty without ``training``.
 
     Raises:
-        ValueError: the checkpoint's adapter differs from the model's: keys or shapes are named, and nothing is changed.
+        FileNotFoundError: it is no checkpoint of mlora's.
+        ValueError: a file is missing or damaged; the adapter's keys or shapes differ from the model's, or a tensor is not finite;
+            the optimizer or the scheduler has other settings. What differs is named.
+
+    Every error is raised on every rank alike, before anything in the model, the optimizer or the scheduler has changed.
     """
     checkpoint = Path(checkpoint)
-    info = read_info(checkpoint)
+    info = together(lambda: read_info(checkpoint))
     adapters = adapter_sharded_state(model, adapter_name)
-    _check_same(adapters, checkpoint)
+    _check_same(adapters, together(lambda: _stored_shapes(checkpoint)), checkpoint)
     state: dict[str, Any] = {"adapter": adapters}
     if training:
         if not info["training"]:
@@ -152,10 +170,14 @@ def load_checkpoint(
         state |= _training_state(training, adapters, is_loading=True)
         if info["parallel"] != _parallel():
             del state["random"]
-    loaded = dist_checkpointing.load(state, str(checkpoint))
+    loaded = together(lambda: read(state, checkpoint))
+    weights = loaded.get("adapter", {})  # A stage may hold none of the adapter.
+    _check_finite(weights, f"{checkpoint} is not loaded")
+    if training:
+        together(lambda: check_settings(training.optimizer, training.scheduler, loaded))
     with torch.no_grad():
         for factor in factors(model, adapter_name):
-            factor.parameter.copy_(loaded["adapter"][PREFIX + factor.name])
+            factor.parameter.copy_(weights[PREFIX + factor.name])
     if not training:
         return {}
     load_optimizer(training.optimizer, loaded["optimizer"])
@@ -192,12 +214,15 @@ def read_info(checkpoint: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: it is no checkpoint of mlora's.
-        ValueError: it was written by a later format.
+        ValueError: it cannot be read, or was written in another format.
     """
     path = Path(checkpoint) / INFO_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{checkpoint} is no mlora checkpoint: it has no {INFO_FILE}")
-    info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        info: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     if info.get("format") != _FORMAT:
         raise ValueError(f"{path}: format {info.get('format')!r}; this version reads format {_FORMAT}")
     return info
@@ -206,16 +231,16 @@ def read_info(checkpoint: str | Path) -> dict[str, Any]:
 def _training_state(training: Training, adapters: dict[str, ShardedTensor], is_loading: bool) -> dict[str, Any]:
     with saveable(training.optimizer):
         optimizer = training.optimizer.sharded_state_dict(adapters, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
-    sizes = _parallel()
-    tensor, pipeline = sizes["tensor"], sizes["pipeline"]
-    ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-    random = ShardedObject(
-        "random", random_states(), (tensor, pipeline), ranks, replica_id=parallel_state.get_data_parallel_rank()
+    places = tuple(_parallel().values())
+    ranks = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
     )
     return {
         "optimizer": optimizer,
         "scheduler": training.scheduler.state_dict(),
-        "random": random,
+        "random": ShardedObject("random", random_states(), places, ranks),
         "state": dict(training.state),
     }
 
@@ -231,7 +256,7 @@ def _parallel() -> dict[str, int]:
 def _info(model: Model, adapter_name: str, iteration: int, base: Mapping[str, Any] | None) -> dict[str, Any]:
     adapters: list[LinearAdapter] = [a for bank in banks(model) if (a := bank.adapter(adapter_name)) is not None]
     rows = {
-        json.dumps([a.layout.name, part, hf_module_name(a.layout.name, part), a.ranks[part], a.scaling[part]])
+        json.dumps([a.layout.name, part, a.hf_names[part], a.ranks[part], a.scaling[part]])
         for a in adapters
         for part in a.parts
     }
@@ -249,75 +274,42 @@ def _info(model: Model, adapter_name: str, iteration: int, base: Mapping[str, An
     }
 
 
-def _check_finite(adapters: Mapping[str, ShardedTensor]) -> None:
-    bad = [name for name, tensor in adapters.items() if not torch.isfinite(tensor.data).all()]  # type: ignore[arg-type]
-    everywhere: list[list[str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, bad)
-    named = sorted({name for part in everywhere for name in part or []})
+def _check_finite(tensors: Mapping[str, torch.Tensor], failing: str) -> None:
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist() if tensors else []
+    bad = {name.removeprefix(PREFIX) for name, good in zip(tensors, finite, strict=True) if not good}
+    named = sorted(_union(bad, dist.group.WORLD))
     if named:
-        raise ValueError(f"not saved: {len(named)} parameters are not finite, first {named[0]}")
+        raise ValueError(f"{failing}: {len(named)} parameters are not finite: {', '.join(named[:3])}")
 
 
-def _check_same(adapters: Mapping[str, ShardedTensor], checkpoint: Path) -> None:
-    stored = {
-        name: tuple(tensor.global_shape)
-        for name, tensor in dist_checkpointing.load_tensors_metadata(str(checkpoint)).items()
-        if name.startswith(PREFIX)
-    }
-    ours = union_over_stages({f"{name} {list(tensor.global_shape)}" for name, tensor in adapters.items()})
-    theirs = {f"{name} {list(shape)}" for name, shape in stored.items()}
-    # Ranks of the same stage hold different keys where a projection has fewer rows than ranks; the file has them all.
-    group = parallel_state.get_tensor_model_parallel_group()
-    gathered: list[set[str] | None] = [None] * group.size()
-    dist.all_gather_object(gathered, ours, group=group)
-    ours = set().union(*(part for part in gathered if part))
-    if ours != theirs:
-        missing, unknown = sorted(ours - theirs), sorted(theirs - ours)
-        raise ValueError(
-            f"{checkpoint} does not fit the attached adapter: "
-            f"{len(missing)} missing {missing[:3]}, {len(unknown)} not expected {unknown[:3]}"
-        )
+def _stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    with Reader(checkpoint) as reader:
+        return {key: shape for key, (shape, _) in reader.tensors(PREFIX).items()}
 
 
-def _on_rank_zero(work: Callable[[], None]) -> None:
-    """Do file work on rank 0; an error there is raised on every rank, so that none waits for it."""
-    problem: list[BaseException | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            work()
-        except OSError as error:
-            problem[0] = error
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise problem[0]
+def _check_same(adapters: Mapping[str, ShardedTensor], stored: Mapping[str, tuple[int, ...]], checkpoint: Path) -> None:
+    # Over the whole model, because ranks of one stage hold different keys where a projection has fewer rows than ranks.
+    group = parallel_state.get_model_parallel_group()
+    ours = _union({(name, tuple(tensor.global_shape)) for name, tensor in adapters.items()}, group)
+    problems = []
+    shapes = dict(ours)
+    for name in sorted(shapes.keys() | stored.keys()):
+        if name not in stored:
+            problems.append(f"it lacks {name}")
+        elif name not in shapes:
+            problems.append(f"it holds {name}, which the adapter has not")
+        elif stored[name] != shapes[name]:
+            problems.append(f"{name} has shape {list(stored[name])}, in the adapter {list(shapes[name])}")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{checkpoint} does not fit the attached adapter: {'; '.join(problems[:5])}{more}")
 
 
-def _make_empty(partial: Path, final: Path) -> None:
-    if final.exists():
-        raise FileExistsError(f"{final} exists already")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def _union(values: set[Any], group: dist.ProcessGroup | None) -> set[Any]:
+    gathered: list[set[Any] | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, values, group=group)
+    return set().union(*(part for part in gathered if part))
 
 
-def _complete(partial: Path, final: Path, config: LoraConfig, info: dict[str, Any], keep_last: int | None) -> None:
-    info["training"] = (partial / "common.pt").is_file() and "state" in dist_checkpointing.load_common_state_dict(
-        str(partial)
-    )
-    for name, content in ((CONFIG_FILE, config.to_dict()), (INFO_FILE, info)):
-        (partial / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    for path in partial.iterdir():
-        sync(path)
-    os.rename(partial, final)
-    sync(final.parent)
-    if keep_last is not None:
-        for old in checkpoints(final.parent)[:-keep_last]:
-            shutil.rmtree(old)
-
-
-def sync(path: Path) -> None:
-    """Make a file's bytes, or a directory's entries, last through a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"

@@ -5,103 +5,205 @@ and SGLang. Ranks that differ are padded with zeros, and a scaling that differs 
 """
 
 import json
+import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch.distributed import checkpoint as torch_checkpoint
 
 from mlora.adapter import SHARED
-from mlora.checkpoint import PREFIX, read_info, sync
+from mlora.checkpoint import INFO_FILE, PREFIX, read_info
+from mlora.folder import sync
+from mlora.tensor_file import write_tensors
+from parallel.storage import Reader
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One of the ``projections`` of a checkpoint's ``mlora.json``."""
+
+    module: str
+    part: str
+    hf_name: str
+    rank: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class PeftTensor:
+    """One tensor of the PEFT file and how it comes from a native matrix.
+
+    Attributes:
+        name: in the PEFT file.
+        source: key in the native checkpoint.
+        shape: A is [r, in], B [out, r], r being the one rank of the file.
+        factor: that the matrix is multiplied with.
+    """
+
+    name: str
+    source: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    factor: float
+
+    def of(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The tensor, from the native matrix of the same or a smaller rank.
+
+        Raises:
+            ValueError: the result is not finite.
+        """
+        if self.factor != 1.0:
+            matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32)) * self.factor
+        result = torch.zeros(self.shape, dtype=self.dtype)
+        result[: matrix.shape[0], : matrix.shape[1]].copy_(matrix)
+        if not torch.isfinite(result).all():
+            raise ValueError(f"{self.name} is not finite")
+        return result
 
 
 def read_native(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     """The whole adapter matrices of a native checkpoint, by ``<module>.<projection>.lora_A`` and ``lora_B``.
 
     Raises:
-        ValueError: the files cannot be read.
+        ValueError: a file is missing or damaged; it is named.
     """
-    reader = torch_checkpoint.FileSystemReader(str(checkpoint))
-    tensors = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if key.startswith(PREFIX) and hasattr(entry, "properties")
-    }
-    try:
-        torch_checkpoint.load(dict(tensors), storage_reader=reader, no_dist=True)
-    except Exception as error:
-        raise ValueError(f"{checkpoint} cannot be read: {error}") from error
-    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    with Reader(checkpoint) as reader:
+        return {key.removeprefix(PREFIX): reader.tensor(key) for key in reader.tensors(PREFIX)}
 
 
-def to_peft(
-    tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any], *, dtype: torch.dtype | None = None
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors, adapter_config) of the portable profile from a native adapter and what its ``mlora.json`` says.
+def peft_tensors(
+    shapes: Shapes, projections: Sequence[Projection], *, dtype: torch.dtype | None = None
+) -> tuple[list[PeftTensor], int, float]:
+    """(tensors in order of their names, rank, alpha) of the portable profile.
 
     Args:
-        tensors: as :func:`read_native` gives them.
-        info: with the ``projections``: each one's module, part, Hugging Face name, rank and scaling.
-        dtype: of the result; None keeps each tensor's.
+        shapes: (shape, dtype) of each native matrix ``<module>.<projection>.lora_A`` and ``lora_B``.
+        projections: all that the matrices belong to.
+        dtype: of the result. None keeps each matrix's, unless a factor that is no power of two goes into a B of lower precision
+            than float32: then all become float32.
 
     Raises:
-        ValueError: a projection's matrix is missing, left over, of another rank, or not finite; the key is named.
+        ValueError: a matrix is missing, left over or of another rank, or two projections have one Hugging Face name.
     """
-    projections = info["projections"]
-    _check_keys(tensors, projections)
-    rank = max(projection["rank"] for projection in projections)
-    scalings = Counter(projection["scaling"] for projection in projections)
-    scaling = min(scalings, key=lambda value: (-scalings[value], value))
-    result: dict[str, torch.Tensor] = {}
+    _check_keys(shapes, projections)
+    rank = max(projection.rank for projection in projections)
+    counts = Counter(projection.scaling for projection in projections)
+    scaling = min(counts, key=lambda value: (-counts[value], value))
+    found: list[PeftTensor] = []
     for projection in projections:
-        key = f"base_model.model.{projection['hf_name']}"
-        A, B = (tensors[name] for name in _keys(tensors, projection))
-        if (A.shape[0], B.shape[1]) != (projection["rank"],) * 2:
-            raise ValueError(f"{key}: matrices of rank {A.shape[0]} and {B.shape[1]}, configured {projection['rank']}")
-        if projection["scaling"] != scaling:
-            B = (B.to(torch.promote_types(B.dtype, torch.float32)) * (projection["scaling"] / scaling)).to(B.dtype)
-        pad = rank - projection["rank"]
-        result[f"{key}.lora_A.weight"] = torch.nn.functional.pad(A, (0, 0, 0, pad)).to(dtype or A.dtype).contiguous()
-        result[f"{key}.lora_B.weight"] = torch.nn.functional.pad(B, (0, pad)).to(dtype or B.dtype).contiguous()
-    for key, tensor in result.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{key} is not finite")
-    # Copies, because safetensors refuses tensors that share memory, as a shared A would.
-    return {key: tensor.clone() for key, tensor in sorted(result.items())}, _peft_config(info, rank, scaling)
+        (a_key, b_key), name = _keys(shapes, projection), f"base_model.model.{projection.hf_name}"
+        (A, a_dtype), (B, b_dtype) = shapes[a_key], shapes[b_key]
+        if (A[0], B[1]) != (projection.rank,) * 2:
+            raise ValueError(f"{name}: matrices of rank {A[0]} and {B[1]}, configured {projection.rank}")
+        found.append(PeftTensor(f"{name}.lora_A.weight", a_key, (rank, A[1]), dtype or a_dtype, 1.0))
+        factor = projection.scaling / scaling
+        found.append(PeftTensor(f"{name}.lora_B.weight", b_key, (B[0], rank), dtype or b_dtype, factor))
+    if dtype is None and any(math.frexp(tensor.factor)[0] != 0.5 and tensor.dtype.itemsize < 4 for tensor in found):
+        return peft_tensors(shapes, projections, dtype=torch.float32)
+    return sorted(found, key=lambda tensor: tensor.name), rank, _alpha(scaling, rank)
 
 
-def _keys(tensors: Mapping[str, torch.Tensor], projection: Mapping[str, Any]) -> tuple[str, str]:
-    module, part = projection["module"], projection["part"]
-    shared = f"{module}.{SHARED}.lora_A"
-    return shared if shared in tensors else f"{module}.{part}.lora_A", f"{module}.{part}.lora_B"
+def export_peft(
+    checkpoint: str | Path, output: str | Path, *, dtype: torch.dtype | None = None, replace: bool = False
+) -> dict[str, Any]:
+    """Write a native checkpoint as a PEFT directory, which appears under its name only when it is complete and checked.
+
+    Memory holds one matrix at a time.
+
+    Args:
+        checkpoint: a native checkpoint of any layout.
+        output: the directory to make.
+        dtype: of the tensors; None as in :func:`peft_tensors`.
+        replace: replace an ``output`` that exists.
+
+    Returns:
+        The ``adapter_config.json`` that was written.
+
+    Raises:
+        FileExistsError: ``output`` exists and ``replace`` is false.
+        FileNotFoundError: ``checkpoint`` is none of mlora's.
+        ValueError: the checkpoint is not whole, or what was written does not read back key for key.
+    """
+    output = Path(output)
+    if output.exists() and not replace:
+        raise FileExistsError(f"{output} exists already")
+    info = read_info(checkpoint)
+    projections = _projections(info, Path(checkpoint) / INFO_FILE)
+    partial = output.with_name(output.name + ".partial")
+    with Reader(checkpoint) as reader:
+        shapes = {key.removeprefix(PREFIX): value for key, value in reader.tensors(PREFIX).items()}
+        tensors, rank, alpha = peft_tensors(shapes, projections, dtype=dtype)
+        config = _peft_config(info, projections, rank, alpha)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            entries = [(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors]
+            made = (tensor.of(reader.tensor(PREFIX + tensor.source)) for tensor in tensors)
+            write_tensors(partial / WEIGHTS_FILE, entries, made)
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
+            _check_written(partial / WEIGHTS_FILE, tensors)
+            for path in (*partial.iterdir(), partial):
+                sync(path)
+            _put_in_place(partial, output)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return config
 
 
-def _check_keys(tensors: Mapping[str, torch.Tensor], projections: list[dict[str, Any]]) -> None:
-    expected = {key for projection in projections for key in _keys(tensors, projection)}
-    for key in sorted(expected - tensors.keys()):
+def _projections(info: Mapping[str, Any], path: Path) -> list[Projection]:
+    try:
+        projections = [Projection(**row) for row in info["projections"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its projections are incomplete: {error}") from error
+    if not projections:
+        raise ValueError(f"{path}: it names no projection")
+    return projections
+
+
+def _keys(shapes: Shapes, projection: Projection) -> tuple[str, str]:
+    shared = f"{projection.module}.{SHARED}.lora_A"
+    own = f"{projection.module}.{projection.part}"
+    return shared if shared in shapes else f"{own}.lora_A", f"{own}.lora_B"
+
+
+def _check_keys(shapes: Shapes, projections: Sequence[Projection]) -> None:
+    expected = {key for projection in projections for key in _keys(shapes, projection)}
+    for key in sorted(expected - shapes.keys()):
         raise ValueError(f"the checkpoint lacks {key}")
-    for key in sorted(tensors.keys() - expected):
-        raise ValueError(f"the checkpoint holds {key}, which no projection of its mlora.json accounts for")
+    for key in sorted(shapes.keys() - expected):
+        raise ValueError(f"the checkpoint holds {key}, which no projection of its {INFO_FILE} accounts for")
+    for name, count in Counter(projection.hf_name for projection in projections).items():
+        if count > 1:
+            raise ValueError(f"{count} projections of the checkpoint are called {name}")
 
 
-def _peft_config(info: Mapping[str, Any], rank: int, scaling: float) -> dict[str, Any]:
-    leaves = sorted({projection["hf_name"].rpartition(".")[2] for projection in info["projections"]})
-    config: dict[str, Any] = {
+def _alpha(scaling: float, rank: int) -> float:
+    """The alpha with ``alpha / rank == scaling``; an ``int`` if there is one, as PEFT writes it."""
+    nearest = round(scaling * rank)
+    return nearest if nearest / rank == scaling else scaling * rank
+
+
+def _peft_config(info: Mapping[str, Any], projections: Sequence[Projection], rank: int, alpha: float) -> dict[str, Any]:
+    return {
         "base_model_name_or_path": info.get("base", {}).get("path"),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": scaling * rank,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "modules_to_save": None,
         "peft_type": "LORA",
@@ -109,18 +211,17 @@ def _peft_config(info: Mapping[str, Any], rank: int, scaling: float) -> dict[str
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
+        **_where({projection.hf_name for projection in projections}, info["layers"]),
     }
-    config |= _where(info, leaves)
-    return config
 
 
-def _where(info: Mapping[str, Any], leaves: list[str]) -> dict[str, Any]:
-    """What of PEFT's targets the adapter needs: leaf names if it covers every layer, the fewest further words if not."""
-    names = {projection["hf_name"] for projection in info["projections"]}
+def _where(names: set[str], layer_count: int) -> dict[str, Any]:
+    """PEFT's targets: leaf names if they say it, the layers beside them if not all have them, full paths if layers differ."""
+    leaves = sorted({name.rpartition(".")[2] for name in names})
     layers = sorted({int(part) for name in names for part in name.split(".") if part.isdigit()})
     if {_in_layer(name, layer) for name in names for layer in layers} != names:
-        return {"target_modules": sorted(names)}  # Different projections in different layers: only full paths say that.
-    if layers and layers != list(range(info["layers"])):
+        return {"target_modules": sorted(names)}
+    if layers != list(range(layer_count)):
         return {"target_modules": leaves, "layers_to_transform": layers}
     return {"target_modules": leaves}
 
@@ -129,51 +230,13 @@ def _in_layer(name: str, layer: int) -> str:
     return ".".join(str(layer) if part.isdigit() else part for part in name.split("."))
 
 
-def export_peft(
-    checkpoint: str | Path, output: str | Path, *, dtype: torch.dtype | None = None, replace: bool = False
-) -> dict[str, Any]:
-    """Write a native checkpoint as a PEFT directory, which appears under its name only when it is complete and checked.
-
-    Args:
-        checkpoint: a native checkpoint of any layout.
-        output: the directory to make.
-        dtype: of the tensors; None keeps the checkpoint's.
-        replace: replace an ``output`` that exists.
-
-    Returns:
-        The ``adapter_config.json`` that was written.
-
-    Raises:
-        FileExistsError: ``output`` exists and ``replace`` is false.
-        ValueError: the checkpoint is not whole, or what was written does not read back key for key.
-    """
-    output = Path(output)
-    if output.exists() and not replace:
-        raise FileExistsError(f"{output} exists already")
-    info = read_info(checkpoint)
-    tensors, config = to_peft(read_native(checkpoint), info, dtype=dtype)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-    (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _check_written(partial / WEIGHTS_FILE, tensors)
-    for path in (*partial.iterdir(), partial):
-        sync(path)
-    _put_in_place(partial, output)
-    return config
-
-
-def _check_written(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def _check_written(path: Path, tensors: Sequence[PeftTensor]) -> None:
+    expected = {tensor.name: list(tensor.shape) for tensor in tensors}
     with safe_open(path, framework="pt") as file:
-        written = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        if written.keys() != tensors.keys():
-            raise ValueError(
-                f"{path}: keys differ from what was exported: {sorted(written.keys() ^ tensors.keys())[:3]}"
-            )
-        for key, tensor in tensors.items():
-            if list(written[key].get_shape()) != list(tensor.shape):
-                raise ValueError(f"{path}: {key} has shape {written[key].get_shape()}, not {list(tensor.shape)}")
+        written = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    for key in sorted(expected.keys() | written.keys()):
+        if expected.get(key) != written.get(key):
+            raise ValueError(f"{path}: {key} has shape {written.get(key)}, exported {expected.get(key)}")
 
 
 def _put_in_place(partial: Path, output: Path) -> None:

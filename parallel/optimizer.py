@@ -6,7 +6,7 @@ has made no step yet have none to read.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import distrib_optimizer
 
 _MOVING = ("params", "step")
+_FIXED = ("max_lr", "min_lr", "lr_mult", "wd_mult", "betas", "eps")
 _PLACEHOLDER = "no parameter on this rank"
 
 
@@ -67,6 +68,44 @@ def saveable(optimizer: Any) -> Iterator[None]:
     finally:
         for part in empty:
             part.state.pop(_PLACEHOLDER, None)  # type: ignore[call-overload]
+        for _, held in _torch_states(optimizer):
+            # A count of its own: Megatron leaves all parameters one, which each of them would advance.
+            held["step"] = held["step"].clone()
+
+
+def check_settings(optimizer: Any, scheduler: Any, loaded: Mapping[str, Any]) -> None:
+    """Compare with what a checkpoint was trained with, before anything is loaded.
+
+    Args:
+        optimizer, scheduler: Megatron's.
+        loaded: with the states of both as ``optimizer`` and ``scheduler``.
+
+    Raises:
+        ValueError: a learning rate, a schedule, Adam's betas or such is another; both values are named. Not if the scheduler was
+            made to override the checkpoint's values or to take them.
+    """
+    if scheduler.override_opt_param_scheduler or scheduler.use_checkpoint_opt_param_scheduler:
+        return
+    saved = loaded["scheduler"]
+    for name, value in scheduler.state_dict().items():
+        if name != "num_steps" and saved.get(name) != value:
+            raise ValueError(f"the checkpoint was trained with {name} = {saved.get(name)!r}, this run has {value!r}")
+    states = [part for _, part in _parts(optimizer, loaded["optimizer"])]
+    theirs = [group for state in states for group in state["optimizer"]["param_groups"]]
+    ours, theirs = [sorted(map(_fixed, groups), key=str) for groups in (optimizer.param_groups, theirs)]
+    if ours != theirs:
+        raise ValueError(f"the checkpoint was trained with the parameter groups {theirs}, this run has {ours}")
+
+
+def _fixed(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: group[name] for name in _FIXED if group.get(name) is not None}
+
+
+def _parts(optimizer: Any, state: dict[Any, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """(each optimizer of a chain, its part of the state): Megatron keeps one optimizer's state without a number."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    states = [state] if len(parts) == 1 else [state[number] for number in range(len(parts))]
+    return list(zip(parts, states, strict=True))
 
 
 def load(optimizer: Any, state: dict[Any, Any]) -> None:
@@ -75,9 +114,7 @@ def load(optimizer: Any, state: dict[Any, Any]) -> None:
     That one counts its steps in each parameter's state, where Megatron's loader expects nothing but tensors of the checkpoint.
     The scheduler, loaded after it, sets the hyperparameters that move.
     """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    states = [state] if len(parts) == 1 else [state[number] for number in range(len(parts))]
-    for part, saved in zip(parts, states, strict=True):
+    for part, saved in _parts(optimizer, state):
         saved = dict(saved)
         tensors = saved.pop("param_state", {})  # Left out of the file where a rank has none.
         with _own_hyperparameters(part):

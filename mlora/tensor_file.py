@@ -1,0 +1,40 @@
+"""A safetensors file written tensor by tensor, so that memory holds one at a time; safetensors' own function wants them all."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+# Names of element types in the format (huggingface/safetensors, README).
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def write_tensors(
+    path: Path, entries: Sequence[tuple[str, Sequence[int], torch.dtype]], tensors: Iterable[torch.Tensor]
+) -> None:
+    """Write a safetensors file: the bytes that ``safetensors.torch.save_file`` would write for one dtype.
+
+    Args:
+        entries: (name, shape, dtype) of each tensor, in order of names.
+        tensors: the same in the same order; each is taken when the one before is on disk.
+
+    Raises:
+        ValueError: a tensor has another shape or dtype than its entry.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape, dtype in entries:
+        end = at + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, shape, dtype), tensor in zip(entries, tensors, strict=True):
+            if (list(tensor.shape), tensor.dtype) != (list(shape), dtype):
+                raise ValueError(
+                    f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, declared {dtype} {list(shape)}"
+                )
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)

@@ -1,0 +1,260 @@
+"""A sharded state dict in a folder of files: each rank writes its pieces, ranks of any other layout read theirs.
+
+The files are those of Megatron's ``torch_dist`` (torch's distributed checkpoint). Megatron's own entry points are not used: where
+one rank fails to write, its others would wait for ever; and reading unpickles whatever a file holds. Here an error on one rank is
+every rank's error, and nothing in a file can run code: its directory is read by an unpickler that knows only torch's records of
+tensors, its contents by ``torch.load(weights_only=True)``.
+"""
+
+import io
+import math
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.strategies.checkpointable import CheckpointableShardedTensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from parallel.together import on_rank_zero, raise_for, together
+
+# Where Megatron keeps what is no sharded tensor or object: the same on every rank, written by rank 0.
+_PLAIN = ShardedObject("common_state", None, (1,), (0,))
+_DIRECTORY = ".metadata"
+# All that a directory of tensors names. A pickle that names anything else is refused before it is built.
+_RECORDS = {
+    "torch.distributed.checkpoint.metadata": {
+        "_MEM_FORMAT_ENCODING", "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
+        "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "bfloat16", "float16", "float32", "float64", "int32", "int64", "uint8"},
+}  # fmt: skip
+
+
+def write(state: Mapping[str, Any], folder: Path) -> None:
+    """Write a state dict into an existing, empty folder that all ranks share. A collective of the world.
+
+    Args:
+        state: of ``ShardedTensor``, ``ShardedObject`` and plain values; rank 0's plain values are written.
+
+    Raises:
+        OSError: a rank could not write; every rank raises it.
+        ValueError: the ranks' pieces of a tensor overlap or leave holes; an object could not be read back, because it is more than
+            tensors and plain values.
+    """
+    sharded, plain = extract_sharded_base(dict(state))
+    pieces: dict[str, Any] = {}
+    for piece in nested_values(sharded):
+        if not is_main_replica(piece.replica_id):
+            continue
+        if isinstance(piece, ShardedObject):
+            pieces[piece.unique_key] = [piece.data]
+        else:
+            piece.data = piece.data.detach()
+            pieces[piece.key] = CheckpointableShardedTensor.from_sh_ten(piece)
+    if dist.get_rank() == 0:
+        pieces[_PLAIN.unique_key] = [plain]
+    together(lambda: _check_readable(pieces))
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        save(pieces, storage_writer=FileSystemWriter(folder), planner=planner)
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        raise_for(rank, cause)
+    on_rank_zero(lambda: save_config(CheckpointingConfig("torch_dist"), str(folder)))
+
+
+def _check_readable(pieces: Mapping[str, Any]) -> None:
+    for key, value in pieces.items():
+        if isinstance(value, CheckpointableShardedTensor):
+            continue
+        written = io.BytesIO()
+        try:
+            torch.save(value, written)
+            written.seek(0)
+            torch.load(written, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{key} cannot be saved: it must be tensors and plain values only: {error}") from error
+
+
+def read(state: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What the files hold for ``state``: no collective, and nothing outside the result changes.
+
+    Args:
+        state: each ``ShardedTensor`` says which piece of which tensor is wanted, each ``ShardedObject`` which object.
+
+    Returns:
+        ``state`` with CPU tensors and objects in their place, and with the plain values of the files.
+
+    Raises:
+        ValueError: a file, a tensor or an object is missing, truncated or of another shape; it is named.
+    """
+    wanted, _ = extract_sharded_base(dict(state))
+    with Reader(folder) as reader:
+        loaded = dict_list_map_inplace(reader.load, wanted)
+        return merge(reader.object(_PLAIN.unique_key), loaded)  # type: ignore[no-any-return]
+
+
+class Reader:
+    """Reads tensors, whole or in pieces, and objects from the files of one folder, in one process.
+
+    Raises:
+        ValueError: the folder's directory of tensors is missing, or is no such directory; a file of it is missing or short.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.metadata = _read_directory(self.folder / _DIRECTORY)
+        self._files: dict[str, BinaryIO] = {}
+        self._check_files()
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def tensors(self, prefix: str = "") -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """(shape, dtype) of every whole tensor whose key starts with ``prefix``."""
+        return {
+            key: (tuple(entry.size), entry.properties.dtype)
+            for key, entry in self.metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and key.startswith(prefix)
+        }
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """One whole tensor."""
+        entry = self._entry(key)
+        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+        self._fill(key, whole, (0,) * whole.ndim, tuple(entry.size))
+        return whole
+
+    def object(self, key: str) -> Any:
+        """One object.
+
+        Raises:
+            ValueError: there is none, it cannot be read, or it is more than tensors and plain values.
+        """
+        return self._load(MetadataIndex(key))[0]
+
+    def load(self, piece: ShardedTensor | ShardedObject) -> Any:
+        """This rank's piece of a tensor, or one of its objects."""
+        if isinstance(piece, ShardedObject):
+            return self.object(piece.unique_key)
+        out = torch.empty(piece.local_shape, dtype=piece.dtype)
+        self._fill(piece.key, out, piece.global_offset, piece.global_shape)
+        return out
+
+    def _fill(self, key: str, out: torch.Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        """Copy elements [offset, offset + out.shape) of the tensor ``key`` [shape] into ``out``."""
+        entry = self._entry(key)
+        if tuple(entry.size) != tuple(shape):
+            raise ValueError(f"{self.folder}: {key} has shape {list(entry.size)}, expected {list(shape)}")
+        missing = out.numel()
+        for chunk in entry.chunks:
+            both = _intersection(offset, out.shape, chunk.offsets, chunk.sizes)
+            if both is None:
+                continue
+            target, source = both
+            stored = self._load(MetadataIndex(key, chunk.offsets))
+            if stored.shape != chunk.sizes:
+                raise ValueError(
+                    f"{self.folder}: a piece of {key} has shape {list(stored.shape)}, not {list(chunk.sizes)}"
+                )
+            out[target].copy_(stored[source])
+            missing -= math.prod(span.stop - span.start for span in target)
+        if missing:
+            raise ValueError(f"{self.folder}: {missing} elements of {key} are in no file")
+
+    def _entry(self, key: str) -> TensorStorageMetadata:
+        entry = self.metadata.state_dict_metadata.get(key)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"{self.folder}: there is no tensor {key}")
+        return entry
+
+    def _load(self, index: MetadataIndex) -> Any:
+        place = self.metadata.storage_data.get(index)
+        if place is None:
+            raise ValueError(f"{self.folder}: there is no {index.fqn}")
+        if place.relative_path not in self._files:
+            self._files[place.relative_path] = (self.folder / place.relative_path).open("rb")
+        file = self._files[place.relative_path]
+        file.seek(place.offset)
+        try:
+            return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{self.folder / place.relative_path}: {index.fqn} cannot be read: {error}") from error
+
+    def _check_files(self) -> None:
+        lengths: dict[str, int] = {}
+        for place in self.metadata.storage_data.values():
+            lengths[place.relative_path] = max(lengths.get(place.relative_path, 0), place.offset + place.length)
+        for name, length in lengths.items():
+            path = self.folder / name
+            if name != path.name:
+                raise ValueError(f"{self.folder / _DIRECTORY} names the file {name!r}, which is not in this folder")
+            if not path.is_file():
+                raise ValueError(f"{path} is missing")
+            if path.stat().st_size < length:
+                raise ValueError(f"{path} is truncated: {path.stat().st_size} bytes, expected {length}")
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("pathlib", "pathlib._local"):
+            return PurePath  # The folder's path when it was written: Python versions and systems name its class differently.
+        if name not in _RECORDS.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place in a directory of tensors")
+        return super().find_class(module, name)
+
+
+def _read_directory(path: Path) -> Metadata:
+    try:
+        with path.open("rb") as file:
+            metadata = _Unpickler(file).load()
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise pickle.UnpicklingError("it is no directory of tensors")
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except OSError:
+        raise
+    except Exception as error:  # A damaged pickle can raise almost anything.
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return metadata
+
+
+def _intersection(
+    start: tuple[int, ...], size: tuple[int, ...], other_start: tuple[int, ...], other_size: tuple[int, ...]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Where two boxes overlap, as slices of the one and of the other; None if they do not."""
+    spans = list(_overlaps(start, size, other_start, other_size))
+    if any(first >= end for first, end in spans):
+        return None
+    return (
+        tuple(slice(first - at, end - at) for (first, end), at in zip(spans, start, strict=True)),
+        tuple(slice(first - at, end - at) for (first, end), at in zip(spans, other_start, strict=True)),
+    )
+
+
+def _overlaps(
+    start: tuple[int, ...], size: tuple[int, ...], other_start: tuple[int, ...], other_size: tuple[int, ...]
+) -> Iterator[tuple[int, int]]:
+    for a, n, b, m in zip(start, size, other_start, other_size, strict=True):
+        yield max(a, b), min(a + n, b + m)

@@ -1,0 +1,133 @@
+"""Adapters saved at one layout and loaded at another, bit for bit, and exported to the same bytes from each."""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mlora
+from mlora import LoraConfig
+from mlora.attach import factors
+from mlora.checkpoint import PREFIX, checkpoints, latest_checkpoint, load_checkpoint, read_info, save_checkpoint
+from mlora.export import export_peft
+from parallel.sizes import ParallelSizes
+from parallel.storage import Reader
+from tests import gpt
+from tests.ranks import run_ranks
+
+LAYOUTS = {
+    "TP1": (1, ParallelSizes()),
+    "TP2": (2, ParallelSizes(tensor=2)),
+    "TP4": (4, ParallelSizes(tensor=4)),  # more ranks than query groups
+    "TP2+SP": (2, ParallelSizes(tensor=2, sequence_parallel=True)),
+    "PP2": (2, ParallelSizes(pipeline=2)),
+    "PP2xVPP2": (2, ParallelSizes(pipeline=2, virtual_pipeline=2)),
+    "TP2xPP2": (4, ParallelSizes(tensor=2, pipeline=2)),
+    "DP2": (2, ParallelSizes()),
+    "TP2xDP2": (4, ParallelSizes(tensor=2)),
+}
+ADAPTERS = {
+    "everything": LoraConfig(r=5, lora_alpha=10),
+    "q_and_v": LoraConfig(
+        r=3, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 4}, alpha_pattern={"layers.2.*v_proj": 3}
+    ),
+    "shared": LoraConfig(r=3, use_rslora=True, shared_A=True, adapter_dtype=torch.bfloat16),
+    "middle": LoraConfig(r=1, target_modules=["o_proj", "up_proj"], layers_to_transform=[1, 2]),
+    "last": LoraConfig(r=2, target_modules=["model.layers.3.mlp.down_proj"]),
+}
+
+
+def _model(sizes: ParallelSizes) -> list[torch.nn.Module]:
+    """The small model with two query groups and every adapter on it, in float32."""
+    chunks: list[torch.nn.Module] = list(
+        gpt.build(sizes, num_query_groups=2, params_dtype=torch.float32, pipeline_dtype=torch.float32)
+    )
+    for name, config in ADAPTERS.items():
+        mlora.apply(chunks, config, adapter_name=name)
+    return chunks
+
+
+def _whole(name: str, factor: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return gpt.values(f"{name} {factor}", *shape).to(dtype)
+
+
+def _save_all(rank: int, sizes: ParallelSizes, folder: Path) -> None:
+    chunks = _model(sizes)
+    for name in ADAPTERS:
+        gpt.fill_adapter(chunks, name)
+        save_checkpoint(folder / name, chunks, iteration=3, adapter_name=name)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Layout -> folder that holds each adapter's checkpoint, saved at that layout."""
+    folders = {}
+    for layout, (size, sizes) in LAYOUTS.items():
+        folders[layout] = tmp_path_factory.mktemp(layout.replace("+", "_"))
+        run_ranks(size, _save_all, sizes, folders[layout], sizes=sizes)
+    return folders
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_files_hold_each_element_once_and_as_it_was(saved: dict[str, Path], layout: str) -> None:
+    for name in ADAPTERS:
+        checkpoint = latest_checkpoint(saved[layout] / name)
+        with Reader(checkpoint) as reader:
+            for key, (shape, dtype) in reader.tensors(PREFIX).items():
+                expected = _whole(name, key.removeprefix(PREFIX), shape, dtype)
+                assert torch.equal(reader.tensor(key), expected), f"{key} saved at {layout}"
+                chunks = reader.metadata.state_dict_metadata[key].chunks
+                assert sum(math.prod(chunk.sizes) for chunk in chunks) == math.prod(shape)
+            written = sum(place.length for place in reader.metadata.storage_data.values())
+        assert sum(path.stat().st_size for path in checkpoint.glob("*.distcp")) == written
+        projections = read_info(checkpoint)["projections"]
+        reference = read_info(latest_checkpoint(saved["TP1"] / name))["projections"]
+        assert projections == reference
+
+
+def test_every_layout_exports_the_same_bytes(saved: dict[str, Path], tmp_path: Path) -> None:
+    for name in ADAPTERS:
+        exported = {}
+        for layout, folder in saved.items():
+            output = tmp_path / f"{name}-{layout}"
+            export_peft(latest_checkpoint(folder / name), output)
+            exported[layout] = _hashes(output)
+        assert all(hashes == exported["TP1"] for hashes in exported.values()), (name, exported)
+
+
+def _load_all(rank: int, sizes: ParallelSizes, folders: dict[str, list[Path]]) -> list[str]:
+    """What differs after loading each checkpoint of each adapter."""
+    chunks, wrong = _model(sizes), []
+    for name, sources in folders.items():
+        for source in sources:
+            for factor in factors(chunks, name):
+                factor.parameter.data.fill_(7)
+            load_checkpoint(source, chunks, adapter_name=name)
+            for factor in factors(chunks, name):
+                expected = gpt.piece(_whole(name, factor.name, factor.shape, factor.parameter.dtype), factor)
+                if not torch.equal(factor.parameter, expected):
+                    wrong.append(f"{factor.name} of {name} from {source}")
+    return wrong
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_one_layout_saved_another_loads_bit_for_bit(saved: dict[str, Path], layout: str) -> None:
+    size, sizes = LAYOUTS[layout]
+    sources = {name: [latest_checkpoint(folder / name) for folder in saved.values()] for name in ADAPTERS}
+    wrong: list[Any] = run_ranks(size, _load_all, sizes, sources, sizes=sizes)
+    assert wrong == [[]] * size
+
+
+def test_names_of_checkpoints(saved: dict[str, Path]) -> None:
+    folder = saved["TP1"] / "everything"
+    assert [path.name for path in checkpoints(folder)] == ["iter_0000003"]
+    assert {path.name for path in latest_checkpoint(folder).iterdir()} == {
+        ".metadata", "__0_0.distcp", "adapter_config.json", "metadata.json", "mlora.json",
+    }  # fmt: skip
