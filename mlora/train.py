@@ -31,8 +31,10 @@ class OptimizerSettings:
     Attributes:
         lr, min_lr: greatest and last learning rate.
         lora_plus_ratio: learning rate of B over that of A (Hayou et al. 2024, LoRA+); 1 for plain LoRA.
-        warmup_iters, decay_iters: of the schedule; the decay ends at ``decay_iters``.
+        warmup_iters, decay_iters: of the schedule: it rises from 0 for ``warmup_iters`` and falls until ``decay_iters``, which
+            is greater.
         decay_style: "constant", "linear", "cosine" or "inverse-square-root".
+        weight_decay: decoupled (AdamW).
         clip_grad: greatest global gradient norm; 0 for no clipping.
     """
 
@@ -47,12 +49,14 @@ class OptimizerSettings:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
-    bf16: bool = False
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step: mean loss over the target tokens, their number, gradient norm before clipping."""
+    """Of one optimizer step: mean loss over the target tokens, their number, gradient norm before clipping, learning rate.
+
+    With LoRA+ the rate is that of A.
+    """
 
     loss: float
     target_tokens: int
@@ -63,26 +67,38 @@ class StepResult:
 class Trainer:
     """Steps an adapted model.
 
+    The weights' dtype is the model's. Gradients are summed over the ranks in float32, and Adam works on float32 copies of
+    bfloat16 weights.
+
     Args:
         chunks: this rank's unwrapped chunks, with adapters attached.
         settings: of the optimizer.
 
     Attributes:
         optimizer, scheduler: Megatron's, for checkpoints.
+
+    Raises:
+        ValueError: the model is in float16, which would need a loss scale; or its config does not normalise by tokens.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], settings: OptimizerSettings) -> None:
         self.chunks = list(chunks)
-        self.config: Any = self.chunks[0].config
-        self.wrapped = _wrap(self.chunks, self.config, settings.bf16)
-        self.optimizer = _optimizer(self.wrapped, settings)
+        config: Any = self.chunks[0].config
+        if config.fp16:
+            raise ValueError("the model is in float16, which needs a loss scale: train in bfloat16 or float32")
+        if not config.calculate_per_token_loss:
+            raise ValueError(
+                "the model's config must have calculate_per_token_loss: the loss is a mean over target tokens"
+            )
+        self.wrapped = _wrap(self.chunks, config)
+        self.optimizer = _optimizer(self.wrapped, settings, bf16=config.bf16)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0 if settings.warmup_iters else settings.lr,
             max_lr=settings.lr,
             min_lr=settings.min_lr,
             lr_warmup_steps=settings.warmup_iters,
-            lr_decay_steps=max(settings.decay_iters, settings.warmup_iters + 1),
+            lr_decay_steps=settings.decay_iters,
             lr_decay_style=settings.decay_style,
             start_wd=settings.weight_decay,
             end_wd=settings.weight_decay,
@@ -90,7 +106,7 @@ class Trainer:
             wd_incr_style="constant",
         )
 
-    def step(self, micro_batches: Sequence[Mapping[str, torch.Tensor]], iteration: int) -> StepResult:
+    def step(self, micro_batches: Sequence[Mapping[str, Any]], iteration: int) -> StepResult:
         """Forward, backward and update on this rank's micro batches of one global batch.
 
         Args:
@@ -99,34 +115,33 @@ class Trainer:
             iteration: of the optimizer, from 0; keys the dropout masks.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not finite; the weights have not changed.
+            FloatingPointError: the loss is not finite, and the weights have not changed; or the gradient norm is not, and they
+                are lost. On every rank alike.
         """
         for chunk in self.wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss, tokens = self._run(micro_batches, iteration, forward_only=False)
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss of iteration {iteration + 1} is {loss}; the weights are those of {iteration}"
-            )
-        lr = max((group["lr"] for group in self.optimizer.param_groups if group["params"]), default=0.0)
-        updated, grad_norm, _ = self.optimizer.step()
-        if not updated or not math.isfinite(grad_norm):
+        total, tokens = self._run(micro_batches, iteration, forward_only=False)
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the loss of iteration {iteration + 1} is {total / tokens}")
+        _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
             raise FloatingPointError(f"the gradient norm of iteration {iteration + 1} is {grad_norm}")
+        lr = self.scheduler.get_lr({})  # Not a parameter group's: the groups of a stage without adapters may be empty.
         self.scheduler.step(increment=1)
-        return StepResult(loss, tokens, float(grad_norm), lr)
+        return StepResult(total / tokens, tokens, float(grad_norm), lr)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Sequence[Mapping[str, torch.Tensor]]]) -> tuple[float, int]:
-        """(mean loss over target tokens, their number) over several global batches, without dropout."""
-        total, count = 0.0, 0
+    def evaluate(self, micro_batches: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
+        """(sum of the losses of the target tokens, their number) of one global batch, without dropout."""
         for chunk in self.wrapped:
             chunk.eval()
-        for micro_batches in batches:
-            loss, tokens = self._run(micro_batches, 0, forward_only=True)
-            total, count = total + loss * tokens, count + tokens
-        return total / count, count
+        try:
+            return self._run(micro_batches, 0, forward_only=True)
+        finally:
+            for chunk in self.wrapped:
+                chunk.train()
 
     def _run(self, micro_batches: Sequence[Mapping[str, Any]], iteration: int, forward_only: bool) -> tuple[float, int]:
         rows, length = micro_batches[0]["tokens"].shape
@@ -140,19 +155,19 @@ class Trainer:
             micro_batch_size=rows,
             forward_only=forward_only,
         )
-        return _mean_over_ranks(reports)
+        return _sum_over_ranks(reports)
 
 
-def _wrap(chunks: Sequence[torch.nn.Module], config: Any, bf16: bool) -> list[Any]:
+def _wrap(chunks: Sequence[torch.nn.Module], config: Any) -> list[Any]:
     settings = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    inner = [Float16Module(config, chunk) for chunk in chunks] if bf16 else list(chunks)
+    inner = [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else list(chunks)
     return [
         DistributedDataParallel(config, settings, module=chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(inner)
     ]
 
 
-def _optimizer(wrapped: list[Any], settings: OptimizerSettings) -> Any:
+def _optimizer(wrapped: list[Any], settings: OptimizerSettings, *, bf16: bool) -> Any:
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -162,8 +177,8 @@ def _optimizer(wrapped: list[Any], settings: OptimizerSettings) -> Any:
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
         adam_eps=settings.adam_eps,
-        bf16=settings.bf16,
-        params_dtype=torch.bfloat16 if settings.bf16 else torch.float32,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
     )
     overrides: dict[Any, Any] = {}
@@ -179,7 +194,7 @@ def _forward_step(
     data: Iterator[Mapping[str, Any]], model: torch.nn.Module, iteration: int
 ) -> tuple[torch.Tensor, Any]:
     device = torch.cuda.current_device()
-    batch = {
+    batch: dict[str, Any] = {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in next(data).items()
     }
@@ -195,8 +210,8 @@ def _sum_of_losses(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch
     return total, tokens.to(torch.int), torch.stack([total.detach(), tokens.to(total.dtype)]).double()
 
 
-def _mean_over_ranks(reports: Sequence[torch.Tensor]) -> tuple[float, int]:
-    """(mean loss, target tokens) of the global batch on every rank; only the last stage has reports."""
+def _sum_over_ranks(reports: Sequence[torch.Tensor]) -> tuple[float, int]:
+    """(sum of losses, target tokens) of the global batch on every rank; only the last stage has reports."""
     device = torch.cuda.current_device()
     sums = torch.stack(list(reports)).sum(0) if reports else torch.zeros(2, dtype=torch.float64)
     sums = sums.to(device)
@@ -205,4 +220,4 @@ def _mean_over_ranks(reports: Sequence[torch.Tensor]) -> tuple[float, int]:
     total, tokens = sums.tolist()
     if tokens == 0:
         raise ValueError("the global batch holds no target token")
-    return total / tokens, int(tokens)
+    return total, int(tokens)

@@ -1,0 +1,71 @@
+"""A rank's share of a global batch as tensors on its device, made when they are asked for."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+import torch
+
+from mlora.sft.batches import Indices, attention_mask, collate, micro_batches
+from mlora.sft.packing import Rows
+
+
+class Feed:
+    """Turns row indices of global batches into the micro batches of one data-parallel rank.
+
+    Args:
+        rows: of the data.
+        micro_batch_size: rows of a micro batch.
+        dp_rank, dp_size: of the data-parallel group.
+        device: where the tensors go.
+        packed: rows may hold several samples, so attention needs a mask of its own; else it is plainly causal (padding stands
+            at the right, where nothing that counts sees it).
+    """
+
+    def __init__(
+        self, rows: Rows, *, micro_batch_size: int, dp_rank: int, dp_size: int, device: torch.device, packed: bool
+    ) -> None:
+        self.rows = rows
+        self.micro_batch_size = micro_batch_size
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.device = device
+        self.packed = packed
+
+    def batch(self, indices: Indices) -> "MicroBatches":
+        """This rank's micro batches of the global batch of these rows.
+
+        Raises:
+            ValueError: the batch does not divide by micro batch and data-parallel size.
+        """
+        parts = micro_batches(indices, self.micro_batch_size, self.dp_rank, self.dp_size)
+        firsts = range(self.dp_rank * self.micro_batch_size, len(indices), self.dp_size * self.micro_batch_size)
+        return MicroBatches(self, list(zip(firsts, parts, strict=True)))
+
+    def micro_batch(self, first_row: int, indices: Indices) -> dict[str, Any]:
+        """What the trainer takes, of rows that stand at ``first_row`` and after in the global batch."""
+        tensors = collate([self.rows[index] for index in indices])
+        batch: dict[str, Any] = {name: value.to(self.device) for name, value in tensors.items()}
+        segments = batch.pop("segments")
+        return {**batch, "attention_mask": attention_mask(segments) if self.packed else None, "first_row": first_row}
+
+
+class MicroBatches(Sequence[Mapping[str, Any]]):
+    """A global batch's micro batches of one rank, each made anew at each access: all masks [b, 1, s, s] would be too much."""
+
+    def __init__(self, feed: Feed, parts: list[tuple[int, Indices]]) -> None:
+        self._feed = feed
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @overload
+    def __getitem__(self, number: int) -> Mapping[str, Any]: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> "MicroBatches": ...
+
+    def __getitem__(self, number: int | slice) -> "Mapping[str, Any] | MicroBatches":
+        if isinstance(number, slice):
+            return MicroBatches(self._feed, self._parts[number])
+        return self._feed.micro_batch(*self._parts[number])

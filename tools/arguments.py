@@ -1,0 +1,373 @@
+"""The trainer's options, in Megatron's names where Megatron has one, and what follows from them by arithmetic.
+
+Knows nothing of models and process groups, and imports nothing that takes time: a wrong option is an error at once.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from mlora_tools.options import Help, UsageError, parse
+from parallel.sizes import ParallelSizes
+
+DESCRIPTION = """Fine-tune a Hugging Face model with LoRA on Megatron-Core.
+
+  one process    python tools/finetune_lora.py --model M --data train.jsonl --output out
+  several ranks  torchrun --nproc-per-node 4 tools/finetune_lora.py ... --tensor-model-parallel-size 2
+
+OUTPUT gets checkpoints/ (sharded, to resume from), peft/ (the adapter for Hugging Face PEFT, at the end of training),
+metrics.jsonl, tensorboard/, loss.png and config.json."""
+
+_NAME = re.compile(r"[\w.-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """input and output"""
+
+    model: Annotated[Path, Help("directory of the base model: a Hugging Face config, tokenizer and safetensors", "DIR")]
+    data: Annotated[
+        tuple[Path, ...], Help('JSONL to train on: "messages", "prompt" with "completion", or "text" a line', "FILE")
+    ]
+    eval_data: Annotated[tuple[Path, ...], Help("JSONL to evaluate on", "FILE")] = ()
+    output: Annotated[Path, Help("directory to make; one with content is refused", "DIR")]
+    resume: Annotated[bool, Help("go on from the newest checkpoint in OUTPUT, at this or another parallel layout")] = (
+        False
+    )
+    config: Annotated[Path | None, Help("YAML or JSON with these options' names; the command line wins", "FILE")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """parallel layout"""
+
+    tensor_model_parallel_size: Annotated[int, Help("ranks that share each linear")] = 1
+    pipeline_model_parallel_size: Annotated[int, Help("pipeline stages")] = 1
+    num_layers_per_virtual_pipeline_stage: Annotated[
+        int | None, Help("layers of a model chunk, for the interleaved schedule")
+    ] = None
+    num_virtual_stages_per_pipeline_rank: Annotated[int | None, Help("the same, given as model chunks of a stage")] = (
+        None
+    )
+    sequence_parallel: Annotated[bool, Help("cut activations outside the linears along the sequence")] = False
+    distributed_backend: Annotated[Literal["nccl", "gloo"] | None, Help("default: nccl on GPUs, gloo on the CPU")] = (
+        None
+    )
+    distributed_timeout_minutes: Annotated[float, Help("after which a collective without its peers is an error")] = 10.0
+
+    def __post_init__(self) -> None:
+        _check_at_least(1, self, "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
+        _check_positive(self, "distributed_timeout_minutes")
+        if self.num_layers_per_virtual_pipeline_stage and self.num_virtual_stages_per_pipeline_rank:
+            raise UsageError(
+                "--num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank say the same thing: "
+                "give one of them"
+            )
+
+    def sizes(self, num_layers: int) -> ParallelSizes:
+        """The sizes for a model of ``num_layers``.
+
+        Raises:
+            ValueError: they contradict each other, or the layers do not divide.
+        """
+        virtual = self.num_virtual_stages_per_pipeline_rank
+        if self.num_layers_per_virtual_pipeline_stage:
+            chunk = self.num_layers_per_virtual_pipeline_stage * max(1, self.pipeline_model_parallel_size)
+            if num_layers % chunk:
+                raise UsageError(
+                    f"--num-layers-per-virtual-pipeline-stage {self.num_layers_per_virtual_pipeline_stage} x "
+                    f"--pipeline-model-parallel-size {self.pipeline_model_parallel_size} = {chunk} does not divide the "
+                    f"model's {num_layers} layers"
+                )
+            virtual = num_layers // chunk
+        return ParallelSizes(
+            tensor=self.tensor_model_parallel_size,
+            pipeline=self.pipeline_model_parallel_size,
+            virtual_pipeline=None if virtual == 1 else virtual,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """batches and precision"""
+
+    micro_batch_size: Annotated[int, Help("sequences of one forward pass")] = 1
+    global_batch_size: Annotated[int, Help("sequences of one optimizer step, over all ranks")] = 16
+    seq_length: Annotated[int, Help("tokens of a sequence; longer samples are cut, with a warning")] = 1024
+    packing: Annotated[bool, Help("several samples in a sequence, without attention across them")] = False
+    train_iters: Annotated[int | None, Help("optimizer steps")] = None
+    train_epochs: Annotated[float | None, Help("the same, given as passes over the data (default: 1)", "X")] = None
+    seed: Annotated[int, Help("of the order of the data, the adapter's initial weights and dropout")] = 1234
+    bf16: Annotated[
+        bool, Help("base, adapter and activations in bfloat16, the optimizer in float32; else all float32")
+    ] = False
+    recompute_granularity: Annotated[Literal["full", "selective"] | None, Help("activation recomputation")] = None
+    recompute_method: Annotated[
+        Literal["uniform", "block"] | None, Help("with full recomputation (default: uniform)")
+    ] = None
+    recompute_num_layers: Annotated[
+        int | None, Help("with full recomputation: layers of a unit or block (default: 1)")
+    ] = None
+    recompute_modules: Annotated[tuple[str, ...] | None, Help("with selective recomputation (default: core_attn)")] = (
+        None
+    )
+
+    def __post_init__(self) -> None:
+        names = ("micro_batch_size", "global_batch_size", "seq_length", "train_iters", "recompute_num_layers")
+        _check_at_least(1, self, *names)
+        _check_at_least(0, self, "seed")
+        _check_positive(self, "train_epochs")
+        if self.train_iters and self.train_epochs:
+            raise UsageError("--train-iters and --train-epochs say the same thing: give one of them")
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        for name, needed in (
+            ("recompute_method", "full"),
+            ("recompute_num_layers", "full"),
+            ("recompute_modules", "selective"),
+        ):
+            if getattr(self, name) is not None and self.recompute_granularity != needed:
+                raise UsageError(f"--{name.replace('_', '-')} goes with --recompute-granularity {needed}")
+
+    def iterations(self, num_rows: int) -> int:
+        """Optimizer steps over ``num_rows`` sequences of data."""
+        return self.train_iters or math.ceil((self.train_epochs or 1) * num_rows / self.global_batch_size)
+
+    def recompute(self) -> dict[str, Any]:
+        """Fields of Megatron's TransformerConfig."""
+        if self.recompute_granularity == "full":
+            return {
+                "recompute_granularity": "full",
+                "recompute_method": self.recompute_method or "uniform",
+                "recompute_num_layers": self.recompute_num_layers or 1,
+            }
+        if self.recompute_granularity == "selective":
+            chosen = {"recompute_modules": list(self.recompute_modules)} if self.recompute_modules else {}
+            return {"recompute_granularity": "selective", **chosen}
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """optimizer and learning rate"""
+
+    lr: Annotated[float, Help("greatest learning rate")] = 2e-4
+    min_lr: Annotated[float, Help("last learning rate")] = 0.0
+    lr_decay_style: Annotated[Literal["constant", "linear", "cosine", "inverse-square-root"], Help("after warm-up")] = (
+        "linear"
+    )
+    lr_decay_iters: Annotated[int | None, Help("iteration at which the decay ends (default: the last)")] = None
+    lr_warmup_iters: Annotated[int | None, Help("iterations of linear warm-up (default: 0)")] = None
+    lr_warmup_fraction: Annotated[float | None, Help("the same, as a share of --lr-decay-iters")] = None
+    lora_plus_ratio: Annotated[float, Help("learning rate of lora_B over that of lora_A (LoRA+)")] = 1.0
+    weight_decay: Annotated[float, Help("decoupled, as in AdamW")] = 0.0
+    clip_grad: Annotated[float, Help("greatest global gradient norm; 0 for no clipping")] = 1.0
+    adam_beta1: Annotated[float, Help("of the first moment")] = 0.9
+    adam_beta2: Annotated[float, Help("of the second moment")] = 0.999
+    adam_eps: Annotated[float, Help("beside the second moment's root")] = 1e-8
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "lr", "lora_plus_ratio", "adam_eps")
+        _check_at_least(0, self, "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2")
+        _check_at_least(1, self, "lr_decay_iters")
+        if self.min_lr > self.lr:
+            raise UsageError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} must be below 1")
+        if self.lr_warmup_fraction is not None:
+            if not 0 <= self.lr_warmup_fraction < 1:
+                raise UsageError(f"--lr-warmup-fraction {self.lr_warmup_fraction} must be at least 0 and below 1")
+            if self.lr_warmup_iters is not None:
+                raise UsageError("--lr-warmup-iters and --lr-warmup-fraction say the same thing: give one of them")
+
+    def optimizer(self, train_iters: int) -> dict[str, Any]:
+        """Fields of :class:`mlora.train.OptimizerSettings` for a run of ``train_iters``.
+
+        Raises:
+            UsageError: the warm-up is not shorter than the decay.
+        """
+        decay = self.lr_decay_iters or train_iters
+        warmup = self.lr_warmup_iters or 0
+        if self.lr_warmup_fraction is not None:
+            warmup = int(self.lr_warmup_fraction * decay)
+        if self.lr_decay_style == "constant" and self.lr_decay_iters is None:
+            decay = warmup + 1  # Without a decay, a run can be made longer later.
+        if warmup >= decay:
+            raise UsageError(f"{warmup} iterations of warm-up must be fewer than the {decay} at which the decay ends")
+        names = ("lr", "min_lr", "lora_plus_ratio", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "adam_eps")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "warmup_iters": warmup,
+            "decay_iters": decay,
+            "decay_style": self.lr_decay_style,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """LoRA, each option a field of PEFT's LoraConfig"""
+
+    lora_rank: Annotated[int, Help("r")] = 8
+    lora_alpha: Annotated[float, Help("numerator of the scaling alpha / r")] = 8.0
+    lora_dropout: Annotated[float, Help("probability that an input feature of lora_A is zeroed")] = 0.0
+    lora_target_modules: Annotated[
+        tuple[str, ...],
+        Help("Hugging Face names (q_proj) or Megatron names (linear_qkv), or one regular expression on the whole path"),
+    ] = ("all-linear",)
+    lora_exclude_modules: Annotated[tuple[str, ...], Help("names not to adapt, given likewise")] = ()
+    lora_layers: Annotated[tuple[int, ...] | None, Help("adapt only these layers, counted from 0")] = None
+    lora_use_rslora: Annotated[bool, Help("scaling alpha / sqrt(r)")] = False
+    lora_init: Annotated[Literal["true", "gaussian", "false"], Help("PEFT's init_lora_weights")] = "true"
+    lora_shared_a: Annotated[bool, Help("one lora_A for the projections that Megatron fuses (q, k, v; gate, up)")] = (
+        False
+    )
+    lora_adapter_dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, Help("of the adapter (default: the base's)")
+    ] = None
+    lora_config: Annotated[Path | None, Help("PEFT's adapter_config.json in place of the options above", "FILE")] = None
+
+    def fields(self, seed: int) -> dict[str, Any]:
+        """Fields of :class:`mlora.config.LoraConfig`, as its ``from_dict`` takes them.
+
+        Raises:
+            UsageError: the file is no JSON object, or names and regular expressions are mixed.
+        """
+        if self.lora_config is not None:
+            try:
+                values = json.loads(self.lora_config.read_text(encoding="utf-8"))
+            except json.JSONDecodeError as error:
+                raise UsageError(f"{self.lora_config}: not valid JSON: {error}") from None
+            if not isinstance(values, dict):
+                raise UsageError(f"{self.lora_config}: expected a JSON object")
+            return {"seed": seed, **values}
+        return {
+            "r": self.lora_rank,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": _modules("--lora-target-modules", self.lora_target_modules),
+            "exclude_modules": _modules("--lora-exclude-modules", self.lora_exclude_modules) or None,
+            "layers_to_transform": self.lora_layers,
+            "use_rslora": self.lora_use_rslora,
+            "init_lora_weights": {"true": True, "false": False}.get(self.lora_init, self.lora_init),
+            "shared_A": self.lora_shared_a,
+            "adapter_dtype": self.lora_adapter_dtype,
+            "seed": seed,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reports:
+    """evaluation, checkpoints and logs"""
+
+    eval_interval: Annotated[
+        int | None, Help("iterations between evaluations (default: before and after training only)")
+    ] = None
+    eval_iters: Annotated[int | None, Help("global batches of an evaluation (default: all of --eval-data)")] = None
+    save_interval: Annotated[int | None, Help("iterations between checkpoints (default: at the end only)")] = None
+    keep_last: Annotated[int | None, Help("checkpoints to keep (default: all)")] = None
+    exit_interval: Annotated[int | None, Help("save and exit after an iteration that this divides")] = None
+    log_interval: Annotated[
+        int, Help("iterations between lines of the log, where there is no terminal for a progress bar")
+    ] = 10
+    tensorboard_dir: Annotated[Path | None, Help("default: OUTPUT/tensorboard", "DIR")] = None
+
+    def __post_init__(self) -> None:
+        names = ("eval_interval", "eval_iters", "save_interval", "keep_last", "exit_interval", "log_interval")
+        _check_at_least(1, self, *names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Everything that the command line says."""
+
+    inputs: Inputs
+    layout: Layout
+    batches: Batches
+    schedule: Schedule
+    lora: Lora
+    reports: Reports
+
+    @classmethod
+    def parse(cls, argv: Sequence[str] | None = None) -> "Arguments":
+        """From a command line and the configuration file that it may name.
+
+        Raises:
+            ValueError: an option is not known, missing, out of its range or contradicts another; the message names it.
+        """
+        groups = (Inputs, Layout, Batches, Schedule, Lora, Reports)
+        (inputs, layout, batches, schedule, lora, reports), given = parse(groups, argv, DESCRIPTION)
+        twice = sorted(given & set(Lora.__dataclass_fields__) - {"lora_config"})
+        if lora.lora_config is not None and twice:
+            raise UsageError(f"--lora-config is given, so --{twice[0].replace('_', '-')} must be in {lora.lora_config}")
+        return cls(inputs=inputs, layout=layout, batches=batches, schedule=schedule, lora=lora, reports=reports)
+
+    def plain(self) -> dict[str, Any]:
+        """Every option and its value, as plain values."""
+        groups = (getattr(self, field.name) for field in fields(self))
+        values = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
+        return {name: _plain(value) for name, value in values.items()}
+
+    def check_division(self, sizes: ParallelSizes, world_size: int) -> None:
+        """Raises ValueError if the ranks, batches and sequences do not divide as the sizes demand."""
+        data = sizes.data(world_size)
+        batches = self.batches
+        step = batches.micro_batch_size * data
+        if batches.global_batch_size % step:
+            raise UsageError(
+                f"--global-batch-size {batches.global_batch_size} is not a multiple of --micro-batch-size "
+                f"{batches.micro_batch_size} x data-parallel size {data} = {step}"
+            )
+        if sizes.sequence_parallel and batches.seq_length % sizes.tensor:
+            raise UsageError(
+                f"--seq-length {batches.seq_length} is not a multiple of --tensor-model-parallel-size {sizes.tensor}, "
+                "which --sequence-parallel needs"
+            )
+        count = batches.global_batch_size // step
+        if sizes.virtual_pipeline and count % sizes.pipeline:
+            raise UsageError(
+                f"--global-batch-size {batches.global_batch_size} makes {count} micro batches a rank; the interleaved "
+                f"schedule needs a multiple of --pipeline-model-parallel-size {sizes.pipeline}"
+            )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _modules(flag: str, words: tuple[str, ...]) -> str | tuple[str, ...]:
+    """PEFT's form: one word that is no plain name is a regular expression, as is "all-linear" a word of its own."""
+    if words == ("all-linear",):
+        return words[0]
+    expressions = [word for word in words if not _NAME.fullmatch(word)]
+    if not expressions:
+        return words
+    if len(words) > 1:
+        raise UsageError(f"{flag}: give names, or one regular expression; {expressions[0]!r} is no name")
+    try:
+        re.compile(expressions[0])
+    except re.error as error:
+        raise UsageError(f"{flag}: {expressions[0]!r} is no regular expression: {error}") from None
+    return expressions[0]
+
+
+def _check_at_least(least: int, options: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not (value >= least and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+
+
+def _check_positive(options: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} {value} must be above 0")

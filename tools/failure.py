@@ -1,0 +1,81 @@
+"""What a person sees when a run fails: one line for what they can put right, a traceback for what only we can.
+
+Rank 0 prints. The other ranks leave their words in the file that torchrun asks for, which it shows for the rank that failed
+first; without torchrun they print too.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mlora_tools.options import UsageError
+
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+_OURS = ("mlora", "mlora_tools", "parallel", "__main__")
+_CHECKS = ("megatron.core.transformer.transformer_config",)  # Megatron's checks of what the options say.
+
+
+@dataclass
+class Outcome:
+    """How a run ended: the exit code."""
+
+    code: int = 0
+
+
+@contextlib.contextmanager
+def one_line_errors(rank: int) -> Iterator[Outcome]:
+    """Reports an error that leaves the context and keeps its exit code: 2 for a wrong command line, 130 for Ctrl-C, else 1."""
+    outcome = Outcome()
+    try:
+        yield outcome
+    except KeyboardInterrupt:
+        outcome.code = 130
+        if rank == 0:
+            print("interrupted", file=sys.stderr)
+    except Exception as error:
+        outcome.code = 2 if isinstance(error, UsageError) else 1
+        _report(error, rank)
+
+
+def _report(error: Exception, rank: int) -> None:
+    expected = _is_expected(error)
+    line = " ".join([*str(error).split(), *(note for note in _notes(error) if note != "(on rank 0)")])
+    text = line if expected else "".join(traceback.format_exception(error)).rstrip()
+    under_torchrun = _ERROR_FILE in os.environ
+    if under_torchrun:
+        _leave_words(os.environ[_ERROR_FILE], text)
+    if rank == 0 or not (under_torchrun or _notes(error)):
+        print(("" if rank == 0 else f"rank {rank}: ") + f"error: {text}", file=sys.stderr, flush=True)
+
+
+def _notes(error: Exception) -> list[str]:
+    """``parallel.together`` notes which rank an error comes from; such an error is raised on every rank."""
+    return list(getattr(error, "__notes__", ()))
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the message is for the person at the command line: we, or the operating system, raised it on purpose."""
+    if isinstance(error, OSError | FloatingPointError | UsageError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, ValueError | AssertionError | RuntimeError) and _raised_in(
+        error, isinstance(error, ValueError)
+    )
+
+
+def _raised_in(error: Exception, is_value: bool) -> bool:
+    module = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__", ""))
+    return module in _CHECKS or (is_value and module.partition(".")[0] in _OURS)
+
+
+def _leave_words(path: str, text: str) -> None:
+    """Write the file that torchrun reads; without a call stack in it, it shows the message."""
+    content = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file)

@@ -1,0 +1,149 @@
+"""The training loop: steps, evaluations, checkpoints, and when to stop."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlora.checkpoint import Training, save_checkpoint
+from mlora.sft.batches import BatchPlan, EvalPlan
+from mlora.sft.feed import Feed
+from mlora.train import Trainer
+from mlora_tools.arguments import Reports
+from mlora_tools.data import Dataset
+from mlora_tools.interruption import Interruption
+from mlora_tools.metrics import Metrics
+from mlora_tools.progress import Progress
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """What to train on: global batch i is ``plan.rows(i)``, of which ``feed`` makes this rank's part."""
+
+    dataset: Dataset
+    plan: BatchPlan
+    feed: Feed
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """What to evaluate on: the first ``batches`` global batches of ``plan``."""
+
+    plan: EvalPlan
+    feed: Feed
+    batches: int
+
+
+class Loop:
+    """Trains from one iteration to another. Every rank runs it; only rank 0 has ``metrics`` and ``progress``.
+
+    Args:
+        trainer: of the model.
+        train: what to train on.
+        heldout: what to evaluate on, if anything.
+        reports: intervals.
+        checkpoints: folder of the checkpoints.
+        base: facts of the base model, for the checkpoints.
+        start, end: iterations done before, and in the end.
+        evaluated: iterations that were evaluated before.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        train: TrainData,
+        heldout: EvalData | None,
+        reports: Reports,
+        *,
+        checkpoints: Path,
+        base: Mapping[str, Any],
+        start: int,
+        end: int,
+        evaluated: set[int],
+    ) -> None:
+        self.trainer = trainer
+        self.train = train
+        self.heldout = heldout
+        self.reports = reports
+        self.checkpoints = checkpoints
+        self.base = base
+        self.start, self.end = start, end
+        self.iteration = start
+        self.saved = start  # A resumed run's checkpoint; a new run has nothing to save at iteration 0.
+        self.evaluated = set(evaluated)
+        self.metrics: Metrics | None = None
+        self.progress: Progress | None = None
+
+    def run(self, interruption: Interruption) -> None:
+        """Train until the end, an exit interval or an interruption; what is done is then saved."""
+        self._evaluate_if_due(interruption)
+        while self.iteration < self.end and not interruption.requested():
+            self._step()
+            self._evaluate_if_due(interruption)
+            if _divides(self.reports.save_interval, self.iteration):
+                self._save()
+            if _divides(self.reports.exit_interval, self.iteration):
+                break
+        self._save()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the end was reached, and what is due there done."""
+        return self.iteration == self.end and (self.heldout is None or self.end in self.evaluated)
+
+    def _step(self) -> None:
+        indices = self.train.plan.rows(self.iteration)
+        began = time.perf_counter()
+        result = self.trainer.step(self.train.feed.batch(indices), self.iteration)
+        seconds = time.perf_counter() - began
+        self.iteration += 1
+        tokens = int(self.train.dataset.tokens[indices].sum())
+        record = {
+            "iteration": self.iteration,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens": tokens,
+            "target_tokens": result.target_tokens,
+            "seconds": round(seconds, 6),
+            "tokens_per_second": round(tokens / seconds, 1),
+        }
+        if self.metrics and self.progress:
+            self.metrics.add(record)
+            self.progress.step(record)
+
+    def _evaluate_if_due(self, interruption: Interruption) -> None:
+        due = self.iteration in (0, self.end) or _divides(self.reports.eval_interval, self.iteration)
+        if self.heldout is None or not due or self.iteration in self.evaluated:
+            return
+        total, count = 0.0, 0
+        for number in range(self.heldout.batches):
+            if interruption.requested():
+                return  # It is made up for when the run is resumed.
+            batch_total, tokens = self.trainer.evaluate(self.heldout.feed.batch(self.heldout.plan.rows(number)))
+            total, count = total + batch_total, count + tokens
+        record = {"iteration": self.iteration, "eval_loss": total / count, "eval_target_tokens": count}
+        self.evaluated.add(self.iteration)
+        if self.metrics and self.progress:
+            self.metrics.add(record)
+            self.progress.evaluation(record)
+
+    def _save(self) -> None:
+        if self.iteration == self.saved:
+            return
+        state = {"iteration": self.iteration}
+        training = Training(self.trainer.optimizer, self.trainer.scheduler, state)
+        save_checkpoint(
+            self.checkpoints,
+            self.trainer.chunks,
+            iteration=self.iteration,
+            training=training,
+            base=self.base,
+            keep_last=self.reports.keep_last,
+        )
+        self.saved = self.iteration
+
+
+def _divides(interval: int | None, iteration: int) -> bool:
+    return interval is not None and iteration > 0 and iteration % interval == 0

@@ -1,0 +1,276 @@
+"""A fine-tuning run: base model's configuration -> process groups -> data -> model and adapter -> the loop -> export.
+
+Nothing is written before data and model are known to be good.
+"""
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+import mlora
+from mlora.checkpoint import Training, latest_checkpoint, load_checkpoint, read_info
+from mlora.config import LoraConfig
+from mlora.export import export_peft
+from mlora.model import build_model
+from mlora.pretrained import Pretrained
+from mlora.sft.batches import BatchPlan, EvalPlan
+from mlora.sft.feed import Feed
+from mlora.train import OptimizerSettings, Trainer
+from mlora_tools.arguments import Arguments
+from mlora_tools.data import Dataset, load_data, open_tokenizer
+from mlora_tools.interruption import Interruption
+from mlora_tools.loop import EvalData, Loop, TrainData
+from mlora_tools.metrics import Metrics
+from mlora_tools.options import UsageError
+from mlora_tools.output import Output, model_digest, versions
+from mlora_tools.plot import plot_losses
+from mlora_tools.progress import Progress
+from parallel.launch import distributed
+from parallel.sizes import ParallelSizes
+from parallel.together import on_rank_zero, together
+
+logger = logging.getLogger(__name__)
+
+_OPTIONS = {
+    "warmup_iters": "--lr-warmup-iters",
+    "decay_iters": "--lr-decay-iters",
+    "decay_style": "--lr-decay-style",
+}
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a run consists of before there is a model.
+
+    Attributes:
+        settings: what decides the numbers, by the names of the options; a resumed run must have the same.
+    """
+
+    arguments: Arguments
+    base: Pretrained
+    sizes: ParallelSizes
+    lora: LoraConfig
+    optimizer: OptimizerSettings
+    train: Dataset
+    heldout: Dataset | None
+    iterations: int
+    settings: dict[str, Any]
+
+
+def finetune(arguments: Arguments) -> None:
+    """Do what the command line says, as one of the ranks that the environment names.
+
+    Raises:
+        ValueError, OSError: something that was given is wrong; before anything is written.
+        FloatingPointError: the loss or the gradient norm is not finite; checkpoints that are there stay.
+    """
+    base = Pretrained.open(arguments.inputs.model)
+    sizes = arguments.layout.sizes(base.architecture.transformer["num_layers"])
+    arguments.check_division(sizes, int(os.environ.get("WORLD_SIZE", 1)))
+    lora = LoraConfig.from_dict(
+        arguments.lora.fields(arguments.batches.seed), str(arguments.lora.lora_config or "LoRA")
+    )
+    with distributed(
+        sizes,
+        seed=arguments.batches.seed,
+        backend=arguments.layout.distributed_backend,
+        timeout_minutes=arguments.layout.distributed_timeout_minutes,
+    ) as device:
+        _finetune(arguments, base, sizes, lora, device)
+
+
+def _finetune(
+    arguments: Arguments, base: Pretrained, sizes: ParallelSizes, lora: LoraConfig, device: torch.device
+) -> None:
+    output = Output(arguments.inputs.output)
+    checkpoint = _from_rank_zero(lambda: output.check(arguments.inputs.resume))
+    setting = together(lambda: _setting(arguments, base, sizes, lora))
+    if checkpoint is not None:
+        on_rank_zero(lambda: output.check_same(setting.settings))
+    start = 0 if checkpoint is None else int(_from_rank_zero(lambda: read_info(checkpoint))["iteration"])
+    if start > setting.iterations:
+        raise UsageError(f"--resume: {checkpoint} is beyond the last iteration, {setting.iterations}")
+    trainer = _trainer(setting, checkpoint, start)
+    parameters = mlora.parameter_counts(trainer.chunks)
+    on_rank_zero(lambda: output.write_config(_config(setting, output, start, parameters, device)))
+    together(output.check_visible)
+    _run(setting, trainer, output, start, device)
+
+
+def _setting(arguments: Arguments, base: Pretrained, sizes: ParallelSizes, lora: LoraConfig) -> Setting:
+    """Reads the data; looks at the weights' files without reading them."""
+    inputs, batches = arguments.inputs, arguments.batches
+    with base.weights():
+        pass
+    tokenizer = open_tokenizer(inputs.model)
+    options: dict[str, Any] = {
+        "seq_length": batches.seq_length,
+        "packing": batches.packing,
+        "vocab_size": base.architecture.vocab_size,
+    }
+    train = load_data(inputs.data, tokenizer, **options)
+    heldout = load_data(inputs.eval_data, tokenizer, **options) if inputs.eval_data else None
+    longest = base.architecture.max_position_embeddings
+    if batches.seq_length > longest:
+        logger.warning(
+            "--seq-length %d is more than the %d that the base model was made for", batches.seq_length, longest
+        )
+    iterations = batches.iterations(len(train.rows))
+    optimizer = OptimizerSettings(**arguments.schedule.optimizer(iterations))
+    settings = {
+        "--model": model_digest(inputs.model),
+        "--data": train.digest,
+        "--eval-data": heldout.digest if heldout else None,
+        "--eval-iters": arguments.reports.eval_iters,
+        **{
+            _flag(name): getattr(batches, name)
+            for name in ("global_batch_size", "seq_length", "packing", "seed", "bf16")
+        },
+        **{_OPTIONS.get(name, _flag(name)): value for name, value in dataclasses.asdict(optimizer).items()},
+        **{f"LoRA's {name}": value for name, value in lora.to_dict().items()},
+    }
+    return Setting(arguments, base, sizes, lora, optimizer, train, heldout, iterations, settings)
+
+
+def _trainer(setting: Setting, checkpoint: Path | None, start: int) -> Trainer:
+    """The adapted model and its optimizer, as new or as the checkpoint has them."""
+    batches = setting.arguments.batches
+    dtype = torch.bfloat16 if batches.bf16 else torch.float32
+    chunks = together(
+        lambda: build_model(
+            setting.base, setting.sizes, dtype=dtype, seq_length=batches.seq_length, **batches.recompute()
+        )
+    )
+    mlora.apply(chunks, setting.lora, family=setting.base.family)
+    trainer = Trainer(chunks, setting.optimizer)
+    if checkpoint is not None:
+        training = Training(trainer.optimizer, trainer.scheduler, {})
+        state = load_checkpoint(checkpoint, chunks, training=training)
+        if state["iteration"] != start:
+            raise ValueError(f"{checkpoint}: its training state is of iteration {state['iteration']}")
+        logger.info("resumed from %s", checkpoint)
+    return trainer
+
+
+def _run(setting: Setting, trainer: Trainer, output: Output, start: int, device: torch.device) -> None:
+    """Trains, and writes what is to be written at the end."""
+    reports = setting.arguments.reports
+    tensorboard = reports.tensorboard_dir or output.tensorboard
+    metrics = _only_rank_zero(lambda: Metrics(output.metrics, tensorboard, start))
+    evaluated = _from_rank_zero(lambda: metrics.evaluated if metrics else set())
+    loop = Loop(
+        trainer,
+        *_data(setting, device),
+        reports,
+        checkpoints=output.checkpoints,
+        base={"path": str(setting.base.path), "model_type": setting.base.family.model_type},
+        start=start,
+        end=setting.iterations,
+        evaluated=evaluated,
+    )
+    with Interruption(device) as interruption:
+        if metrics is None:
+            loop.run(interruption)
+        else:
+            with Progress(start, setting.iterations, reports.log_interval) as progress:
+                loop.metrics, loop.progress = metrics, progress
+                loop.run(interruption)
+    on_rank_zero(lambda: _conclude(loop, output))
+
+
+def _data(setting: Setting, device: torch.device) -> tuple[TrainData, EvalData | None]:
+    arguments, batches = setting.arguments, setting.arguments.batches
+
+    def feed(dataset: Dataset) -> Feed:
+        return Feed(
+            dataset.rows,
+            micro_batch_size=batches.micro_batch_size,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            device=device,
+            packed=batches.packing,
+        )
+
+    plan = BatchPlan(len(setting.train.rows), batches.global_batch_size, batches.seed)
+    train = TrainData(setting.train, plan, feed(setting.train))
+    if setting.heldout is None:
+        return train, None
+    eval_plan = EvalPlan(len(setting.heldout.rows), batches.global_batch_size)
+    count = min(eval_plan.num_batches, arguments.reports.eval_iters or eval_plan.num_batches)
+    return train, EvalData(eval_plan, feed(setting.heldout), count)
+
+
+def _conclude(loop: Loop, output: Output) -> None:
+    """On rank 0: the loss curve, and the exported adapter or how to go on."""
+    if loop.metrics:
+        loop.metrics.close()
+        plot_losses(loop.metrics.records, output.plot)
+    if loop.finished:
+        export_peft(latest_checkpoint(output.checkpoints), output.peft, replace=True)
+        logger.info("finished at iteration %d; the adapter for Hugging Face PEFT is in %s", loop.iteration, output.peft)
+    elif loop.saved:
+        logger.info(
+            "stopped after iteration %d of %d, which is saved in %s; the same command with --resume goes on",
+            loop.iteration,
+            loop.end,
+            output.checkpoints,
+        )
+    else:
+        logger.info("stopped before the first iteration: nothing is saved, so there is nothing to resume")
+
+
+def _config(
+    setting: Setting, output: Output, start: int, parameters: tuple[int, int], device: torch.device
+) -> dict[str, Any]:
+    """The content of ``config.json``: everything that the run uses."""
+    trainable, total = parameters
+    batches, sizes = setting.arguments.batches, setting.sizes
+    this_start = {
+        "iteration": start,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "world_size": dist.get_world_size(),
+        **dataclasses.asdict(sizes),
+        "data": parallel_state.get_data_parallel_world_size(),
+        "micro_batch_size": batches.micro_batch_size,
+        **batches.recompute(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "backend": dist.get_backend(),
+        "versions": versions(),
+    }
+    return {
+        "arguments": setting.arguments.plain(),
+        "settings": setting.settings,
+        "train_iters": setting.iterations,
+        "base": {"path": str(setting.base.path), "model_type": setting.base.family.model_type},
+        "data": setting.train.facts,
+        "eval_data": setting.heldout.facts if setting.heldout else None,
+        "lora": setting.lora.to_dict(),
+        "parameters": {"trainable": trainable, "total": total},
+        "starts": [*(output.read_config()["starts"] if start else []), this_start],
+    }
+
+
+def _only_rank_zero(make: Callable[[], T]) -> T | None:
+    """What ``make`` gives on rank 0, None on the others; an error there is every rank's."""
+    return together(lambda: make() if dist.get_rank() == 0 else None)
+
+
+def _from_rank_zero(find: Callable[[], T]) -> T:
+    """What ``find`` gives on rank 0, on every rank."""
+    found = [_only_rank_zero(find)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]  # type: ignore[return-value]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
