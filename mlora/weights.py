@@ -51,11 +51,11 @@ class Weights:
         if not path.is_file():
             raise FileNotFoundError(f"{self._path} has neither {SINGLE_FILE} nor {INDEX_FILE}")
         try:
-            index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            index = json.loads(path.read_text(encoding="utf-8"))["weight_map"].items()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no index of safetensors files: {error!r}") from error
-        for name, file in index.items():
-            if not isinstance(file, str) or Path(file).name != file:
+        for name, file in index:
+            if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
                 raise ValueError(f"{path}: {name} is in {file!r}; only files of the same directory are read")
         return dict(index)
 
@@ -65,13 +65,14 @@ class Weights:
             raise FileNotFoundError(f"{path} is missing, and {INDEX_FILE} names it")
         try:
             opened = safe_open(path, framework="pt")
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            names: list[str] = opened.keys()  # type: ignore[no-untyped-call]
+            slices = {name: opened.get_slice(name) for name in names}  # type: ignore[no-untyped-call]
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         if expected is not None and expected != slices.keys():
             name = min(expected ^ slices.keys())
-            there = "lacks" if name in expected else f"holds, against {INDEX_FILE},"
-            raise ValueError(f"{path} {there} {name}")
+            there = "lacks {}, which {} places there" if name in expected else "holds {}, which {} does not place there"
+            raise ValueError(f"{path} {there.format(name, INDEX_FILE)}")
         self._files[file] = opened
         for name, piece in slices.items():
             if piece.get_dtype() not in _FLOATING:
@@ -133,4 +134,5 @@ class Weights:
 
 
 def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} other tensors"
+    more = len(names) - 1
+    return f"{names[0]} and {more} other tensor{'s' * (more > 1)}" if more else names[0]

@@ -10,11 +10,16 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+import mlora
+from mlora.attach import banks
+from mlora.loading import load_chunk
 from mlora.model import build_model
 from mlora.pretrained import Pretrained
+from mlora.train import OptimizerSettings, Trainer
 from parallel.sizes import ParallelSizes
+from parallel.stages import named_modules
 from tests.ranks import run_ranks
-from tests.tiny import KINDS, VOCAB, hf_logits, tokens, write_model
+from tests.tiny import KINDS, VOCAB, hf_logits, make_model, tokens, write_model
 
 ONE = ParallelSizes()
 LAYOUTS = [
@@ -88,3 +93,208 @@ def test_logits_and_losses_are_hugging_faces(
         losses = torch.nn.functional.cross_entropy(expected.transpose(1, 2), labels, reduction="none")
         for rank in last_stage:
             assert (torch.from_numpy(rank[kind][1]) - losses).abs().max() < 1e-5, kind
+
+
+def test_fewer_query_groups_than_ranks(tmp_path: Path) -> None:
+    ids, labels, sizes = tokens(), tokens(seed=2), ParallelSizes(tensor=4, sequence_parallel=True)
+    paths = {groups: write_model(tmp_path / str(groups), "qwen2", num_key_value_heads=groups) for groups in (1, 2)}
+    ranks = run_ranks(4, outputs_of, paths, sizes, ids, labels, sizes=sizes)
+    for groups, path in paths.items():
+        expected = hf_logits(path, ids)
+        logits = torch.cat([torch.from_numpy(rank[groups][0]) for rank in ranks], dim=-1)[..., :VOCAB]
+        assert (logits - expected).abs().max() < 1e-5 * expected.abs().max(), groups
+
+
+def held_by(rank: int, path: Path, sizes: ParallelSizes, overrides: dict[str, Any]) -> dict[str, Any]:
+    """What one rank's chunks hold, and how much was read for them."""
+    pretrained = Pretrained.open(path)
+    chunks = build_model(pretrained, sizes, **overrides)
+    padding = 0
+    with pretrained.weights() as weights:
+        for chunk in chunks:
+            load_chunk(chunk, pretrained.family, pretrained.architecture, weights)
+            for name, module in named_modules(chunk):
+                if name in ("embedding.word_embeddings", "output_layer") and module.weight is not None:
+                    padding += int((module.weight == 0).all(dim=1).sum()) * module.weight.shape[1]  # type: ignore[union-attr]
+        elements = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+        return {
+            "layers": [sorted({int(layer.layer_number) for layer in chunk.decoder.layers}) for chunk in chunks],
+            "bytes of parameters": 4 * (elements - padding),
+            "bytes read": weights.bytes_read,
+            "bytes of files": weights.bytes,
+        }
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen3-bias"])
+def test_a_rank_reads_what_it_holds_and_nothing_else(models: dict[str, Path], kind: str) -> None:
+    sizes = ParallelSizes(tensor=2, pipeline=2, virtual_pipeline=2)
+    ranks = run_ranks(4, held_by, models[kind], sizes, {}, sizes=sizes)
+    no_bias = kind != "qwen3-bias"  # There Megatron has biases that the checkpoint has not; they are not read.
+    for held in ranks:
+        assert 0 < held["bytes read"] < 0.5 * held["bytes of files"]
+        assert held["bytes read"] == held["bytes of parameters"] or not no_bias
+    whole = run_ranks(1, held_by, models[kind], ONE, {}, sizes=ONE)[0]
+    assert whole["bytes read"] == whole["bytes of files"]
+
+
+def test_stages_of_uneven_length(models: dict[str, Path]) -> None:
+    sizes = ParallelSizes(pipeline=2)
+    ranks = run_ranks(2, held_by, models["llama"], sizes, {"num_layers_in_first_pipeline_stage": 1}, sizes=sizes)
+    assert [rank["layers"] for rank in ranks] == [[[1]], [[2, 3, 4]]]
+
+
+def values_of(rank: int, path: Path, dtype: torch.dtype) -> dict[str, Any]:
+    chunk = build_model(Pretrained.open(path), ONE, dtype=dtype)[0]
+    config: Any = chunk.config
+    names = ("output_layer.weight", "decoder.final_layernorm.weight", "decoder.layers.2.mlp.linear_fc2.weight")
+    parameters = dict(chunk.named_parameters())
+    assert {parameter.dtype for parameter in parameters.values()} == {dtype}
+    return {
+        "config": (config.params_dtype, config.pipeline_dtype, config.bf16, config.calculate_per_token_loss),
+        "values": {name: parameters[name].detach().float().numpy() for name in names},
+    }
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_weights_are_rounded_once_to_the_dtype_asked_for(
+    tmp_path: Path, stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    path = write_model(tmp_path / "model", dtype=stored)
+    state = make_model("llama", dtype=stored).state_dict()
+    (held,) = run_ranks(1, values_of, path, dtype, sizes=ONE)
+    assert held["config"] == (dtype, dtype, dtype == torch.bfloat16, True)
+    hf_names = ("lm_head.weight", "model.norm.weight", "model.layers.2.mlp.down_proj.weight")
+    for ours, hf_name in zip(held["values"].values(), hf_names, strict=True):
+        theirs = state[hf_name].to(dtype).float()
+        assert torch.equal(torch.from_numpy(ours)[: len(theirs)], theirs), hf_name
+        assert not ours[len(theirs) :].any()
+
+
+def train_tied(rank: int, path: Path, sizes: ParallelSizes) -> tuple[float, float]:
+    """(loss, gradient norm) of one step of the trainer on a model with a tied embedding, which is frozen."""
+    pretrained = Pretrained.open(path)
+    chunks = build_model(
+        pretrained, sizes, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+    )
+    mlora.apply(chunks, mlora.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False), family=pretrained.family)
+    trainer = Trainer(chunks, OptimizerSettings(lr=1e-3))
+    ids, labels = tokens(4), tokens(4, seed=2)
+    batches = [
+        {
+            "tokens": ids[row : row + 1],
+            "labels": labels[row : row + 1],
+            "position_ids": torch.arange(ids.shape[1])[None],
+            "loss_mask": torch.ones(1, ids.shape[1]),
+            "attention_mask": None,
+            "first_row": row,
+        }
+        for row in range(4)
+    ]
+    result = trainer.step(batches, 0)  # type: ignore[arg-type]
+    return result.loss, result.grad_norm
+
+
+def test_what_is_built_trains_as_it_is(models: dict[str, Path]) -> None:
+    """The trainer needs nothing that the model's config lacks, at any layout, with tied embeddings on two stages."""
+    (reference,) = run_ranks(1, train_tied, models["qwen2-tied"], ONE, sizes=ONE)
+    assert reference[1] > 0.1
+    for sizes in (
+        ParallelSizes(pipeline=2),
+        ParallelSizes(tensor=2, pipeline=2, virtual_pipeline=2, sequence_parallel=True),
+    ):
+        for result in run_ranks(sizes.tensor * 2, train_tied, models["qwen2-tied"], sizes, sizes=sizes):
+            assert result == pytest.approx(reference, rel=1e-5)
+
+
+def error_of(rank: int, path: Path, sizes: ParallelSizes, arguments: dict[str, Any]) -> str:
+    try:
+        build_model(Pretrained.open(path), sizes, **arguments)
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "sizes", "arguments", "message"),
+    [
+        ("llama", {"num_attention_heads": 2, "num_key_value_heads": 2}, ParallelSizes(tensor=4), {},
+         "2 attention heads do not divide by tensor parallel size 4"),
+        ("llama", {"intermediate_size": 50}, ParallelSizes(tensor=4), {},
+         "50 features of the MLP do not divide by tensor parallel size 4"),
+        ("llama", {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 48}, ParallelSizes(tensor=4), {},
+         "6 query groups neither divide by tensor parallel size 4 nor divide it"),
+        ("llama", {"num_hidden_layers": 3}, ParallelSizes(pipeline=2), {}, "3 layers do not divide by 2 pipeline stages"),
+        ("llama", {}, ParallelSizes(pipeline=2, virtual_pipeline=4), {},
+         "4 layers do not divide by 2 pipeline stages x 4 virtual stages"),
+        ("llama", {"num_hidden_layers": 3, "intermediate_size": 49}, ParallelSizes(tensor=2, pipeline=2), {},
+         "49 features of the MLP do not divide by tensor parallel size 2; 3 layers do not divide by 2 pipeline stages"),
+        ("llama", {}, ParallelSizes(tensor=2, sequence_parallel=True), {"seq_length": 63},
+         "sequences of 63 tokens do not divide by tensor parallel size 2"),
+        ("llama", {}, ONE, {"recompute_granularty": "full"}, "recompute_granularty is no field of Megatron's TransformerConfig"),
+        ("llama", {}, ONE, {"hidden_size": 64}, "hidden_size = 64 cannot be given: the checkpoint and the sizes decide it"),
+        ("llama", {}, ONE, {"attention_dropout": 0.1}, "attention_dropout = 0.1 cannot be given"),
+        ("llama", {}, ONE, {"dtype": torch.float16}, "dtype is torch.float16; it can be torch.float64, "),
+        ("mistral", {"sliding_window": 32}, ONE, {}, "sliding_window = 32: sequences of 128 tokens would need windowed attention"),
+        ("mistral", {"sliding_window": 32}, ONE, {"seq_length": 33}, "give a seq_length of at most 32"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 3}, ONE, {"seq_length": 33},
+         "sliding_window = 32"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_built(
+    tmp_path: Path, kind: str, changes: dict[str, Any], sizes: ParallelSizes, arguments: dict[str, Any], message: str
+) -> None:
+    path = write_model(tmp_path / "model", kind, **changes)
+    world = sizes.tensor * sizes.pipeline
+    for error in run_ranks(world, error_of, path, sizes, arguments, sizes=sizes):
+        assert message in error
+
+
+def run_within_window(rank: int, path: Path, ids: torch.Tensor) -> tuple[Floats, str]:
+    chunk = build_model(Pretrained.open(path), ONE, seq_length=32)[0]
+    with torch.no_grad():
+        logits = chunk(ids[:, :32], None, None)
+        try:
+            chunk(ids[:, :33], None, None)
+        except ValueError as error:
+            return logits.numpy(), str(error)
+    return logits.numpy(), "none"
+
+
+def test_a_window_is_held_to_when_the_model_runs(tmp_path: Path) -> None:
+    path, ids = write_model(tmp_path / "model", "mistral", sliding_window=32), tokens()
+    ((logits, error),) = run_ranks(1, run_within_window, path, ids, sizes=ONE)
+    expected = hf_logits(path, ids[:, :32])
+    assert (torch.from_numpy(logits)[..., :VOCAB] - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert "a sequence of 33 tokens needs windowed attention (sliding_window = 32)" in error
+
+
+def names_of(rank: int, path: Path) -> set[str]:
+    pretrained = Pretrained.open(path)
+    chunks = build_model(pretrained, ONE)
+    mlora.apply(chunks, mlora.LoraConfig(r=2), family=pretrained.family)
+    adapters = [bank.adapter("default") for bank in banks(chunks)]
+    return {name for adapter in adapters if adapter is not None for name in adapter.hf_names.values()}
+
+
+def test_adapters_carry_hugging_faces_names(models: dict[str, Path]) -> None:
+    model = make_model("qwen3")
+    linears = {
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    assert run_ranks(1, names_of, models["qwen3"], sizes=ONE) == [linears]
+
+
+def unmasked(rank: int, path: Path, ids: torch.Tensor, labels: torch.Tensor) -> float:
+    """The mean loss of a model whose padding is let into the softmax."""
+    chunk: Any = build_model(Pretrained.open(path), ONE)[0]
+    chunk.output_layer._forward_hooks.clear()
+    with torch.no_grad():
+        return float(chunk(ids, None, None, labels=labels).mean())
+
+
+def test_padding_would_be_seen_in_the_loss(models: dict[str, Path], references: dict[str, torch.Tensor]) -> None:
+    ids, labels = tokens(), tokens(seed=2)
+    expected = torch.nn.functional.cross_entropy(references["llama"].transpose(1, 2), labels)
+    (loss,) = run_ranks(1, unmasked, models["llama"], ids, labels, sizes=ONE)
+    assert abs(loss - float(expected)) > 0.01
