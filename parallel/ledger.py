@@ -1,36 +1,52 @@
 """A ledger of collectives: every one that runs inside the context, with bytes, group and direction.
 
 It listens below ``torch.distributed``, where each process group's call passes the dispatcher, so it also sees functions that
-Megatron bound to other names at import. Overhead is a Python call per operator: for tests and benchmarks.
+Megatron bound to other names at import. An asynchronous one counts where it is issued. Overhead is a Python call per operator:
+for tests and benchmarks.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# How the dispatcher names a collective -> the field's word for it.
+# Where collectives are operators: torch.distributed's own, and the functional ones that DTensor and compiled code call.
+_NAMESPACES = ("c10d", "_c10d_functional", "c10d_functional")
+# How the dispatcher names a collective, without underscores at its ends -> the field's word for it.
 _NAMES = {
-    "allreduce_": "all_reduce",
-    "allreduce_coalesced_": "all_reduce",
-    "_allgather_base_": "all_gather",
-    "allgather_": "all_gather",
-    "allgather_into_tensor_coalesced_": "all_gather",
-    "_reduce_scatter_base_": "reduce_scatter",
-    "reduce_scatter_": "reduce_scatter",
-    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
-    "broadcast_": "broadcast",
-    "reduce_": "reduce",
-    "gather_": "gather",
-    "scatter_": "scatter",
-    "alltoall_": "all_to_all",
-    "alltoall_base_": "all_to_all",
-    "send": "send",
-    "recv_": "recv",
-    "recv_any_source_": "recv",
+    "all_gather_into_tensor": "all_gather",
+    "all_gather_into_tensor_coalesced": "all_gather",
+    "all_gather_into_tensor_out": "all_gather",
+    "all_reduce": "all_reduce",
+    "all_reduce_coalesced": "all_reduce",
+    "all_to_all_single": "all_to_all",
+    "allgather": "all_gather",
+    "allgather_base": "all_gather",
+    "allgather_coalesced": "all_gather",
+    "allgather_into_tensor_coalesced": "all_gather",
+    "allreduce": "all_reduce",
+    "allreduce_coalesced": "all_reduce",
+    "alltoall": "all_to_all",
+    "alltoall_base": "all_to_all",
     "barrier": "barrier",
+    "batch_p2p_ops": "batch_p2p",
+    "broadcast": "broadcast",
+    "gather": "gather",
+    "irecv": "recv",
+    "isend": "send",
+    "monitored_barrier": "barrier",
+    "recv": "recv",
+    "recv_any_source": "recv",
+    "reduce": "reduce",
+    "reduce_scatter": "reduce_scatter",
+    "reduce_scatter_base": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter",
+    "reduce_scatter_tensor_out": "reduce_scatter",
+    "scatter": "scatter",
+    "send": "send",
 }
 
 
@@ -40,7 +56,8 @@ class Entry:
 
     Attributes:
         kind: "all_reduce", "all_gather", "reduce_scatter", "broadcast", "send", ...
-        shape: of the whole tensor: the result of a gather, the input of a scatter, the tensor itself otherwise.
+        shape: of the whole tensor: the result of a gather, the input of a scatter, the tensor itself otherwise; (elements,) where
+            that is a list of tensors. Where only the root has the whole (gather, scatter), the other ranks give their piece.
         bytes: of that tensor.
         group: the name of the process group.
         direction: "forward", or "backward" when the autograd engine made the call (recomputation counts as backward).
@@ -70,9 +87,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        namespace, _, name = getattr(func, "_schema", None).name.partition("::")  # type: ignore[union-attr]
-        if namespace == "c10d" and name in _NAMES:
-            self.entries.append(_entry(_NAMES[name], args, kwargs))
+        kind = _kind(func._schema.name)  # type: ignore[attr-defined]
+        if kind is not None:
+            self.entries.append(_entry(kind, [*args, *kwargs.values(), result]))
         return result
 
     def select(
@@ -93,26 +110,41 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
 
 
-def _entry(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
-    largest = max(_tensors([*args, *kwargs.values()]), key=lambda tensor: tensor.numel(), default=None)
+def _kind(operator: str) -> str | None:
+    """The kind of collective that an operator ("c10d::allreduce_") is; None if it is none."""
+    namespace, _, name = operator.partition("::")
+    return _NAMES.get(name.strip("_")) if namespace in _NAMESPACES else None
+
+
+def _entry(kind: str, values: Sequence[Any]) -> Entry:
+    """The entry of a call with these arguments and result."""
+    whole = max((list(_tensors(value)) for value in values), key=_elements)
+    shape = tuple(whole[0].shape) if len(whole) == 1 else (_elements(whole),)
     direction = "backward" if torch._C._current_graph_task_id() != -1 else "forward"
-    shape = tuple(largest.shape) if largest is not None else ()
-    size = largest.numel() * largest.element_size() if largest is not None else 0
-    return Entry(kind, shape, size, _group_name([*args, *kwargs.values()]), direction)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in whole)
+    return Entry(kind, shape, size, _group_name(values), direction)
 
 
-def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+def _elements(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
-def _group_name(values: Iterable[Any]) -> str:
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _group_name(values: Sequence[Any]) -> str:
+    """Of the group among a call's arguments: a group, a boxed group, or (functional collectives) its name, as the last string."""
+    name = ""
     for value in values:
         if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
             return str(torch.distributed.ProcessGroup.unbox(value).group_name)
         if isinstance(value, torch.distributed.ProcessGroup):
             return str(value.group_name)
-    return ""
+        if isinstance(value, str):
+            name = value
+    return name
