@@ -7,9 +7,10 @@ Tensors are read with plain reads, by rows where wanted. Pages of a mapped file 
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that adapters and bases are read in
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Entry:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.end - self.begin
 
 
 class SafetensorsFile:
@@ -97,40 +103,90 @@ class SafetensorsFile:
             raise ValueError(f"{self.path}: {key} is stored as {name}, which cannot be read")
         return DTYPES[name]
 
-    def read(self, key: str, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """A tensor, or ``count`` of its rows (slices of dim 0) from ``first`` on."""
+    def read(
+        self, key: str, first: int = 0, count: int | None = None, buffer: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A tensor, or ``count`` of its rows (slices of dim 0) from ``first`` on.
+
+        Args:
+            buffer: bytes to read into and return a view of; for many pieces, memory that is in use is faster than new memory.
+
+        Raises:
+            ValueError: the file ends early, or torch has no such dtype.
+        """
         entry, dtype = self.entries[key], self.dtype(key)
-        shape, begin, end = entry.shape, entry.begin, entry.end
+        shape, begin, size = entry.shape, entry.begin, entry.nbytes
         if count is not None:
-            row = (end - begin) // max(shape[0], 1)
-            shape, begin, end = (count, *shape[1:]), begin + first * row, begin + (first + count) * row
-        buffer = torch.empty(end - begin, dtype=torch.uint8)
+            row = size // max(shape[0], 1)
+            shape, begin, size = (count, *shape[1:]), begin + first * row, count * row
+        buffer = torch.empty(size, dtype=torch.uint8) if buffer is None else buffer[:size]
         with self.path.open("rb", buffering=0) as file:
             file.seek(begin)
-            view, at = memoryview(buffer.numpy().data), 0
-            while at < len(view):
-                got = file.readinto(view[at:])
-                if not got:
-                    raise ValueError(f"{self.path} ends inside {key}")
-                at += got
+            self._fill(file, memoryview(buffer.numpy().data), key)
         return buffer.view(dtype).view(shape)
+
+    def block_bytes(self, key: str, elements: int) -> int:
+        """Bytes of a block of :meth:`blocks`."""
+        entry = self.entries[key]
+        rows = entry.shape[0] if entry.shape else 1
+        return min(rows, _rows_per_block(entry, elements)) * (entry.nbytes // max(rows, 1))
+
+    def blocks(self, key: str, elements: int, buffer: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """(number of the first row, rows) of a tensor in blocks of about ``elements``, at least one row.
+
+        Args:
+            buffer: bytes, :meth:`block_bytes` of them, that every block is read into.
+        """
+        entry = self.entries[key]
+        if not entry.shape:
+            yield 0, self.read(key)
+            return
+        count = _rows_per_block(entry, elements)
+        for first in range(0, entry.shape[0], count):
+            yield first, self.read(key, first, min(count, entry.shape[0] - first), buffer)
+
+    def pieces(self, key: str, buffer: torch.Tensor | None = None) -> Iterator[memoryview]:
+        """The bytes of a tensor, whatever its dtype, in pieces of at most the buffer's size (16 MiB)."""
+        entry = self.entries[key]
+        buffer = torch.empty(min(entry.nbytes, 1 << 24), dtype=torch.uint8) if buffer is None else buffer
+        whole = memoryview(buffer.numpy().data)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(entry.begin)
+            for at in range(0, entry.nbytes, max(len(whole), 1)):
+                piece = whole[: min(len(whole), entry.nbytes - at)]
+                self._fill(file, piece, key)
+                yield piece
+
+    def _fill(self, file: FileIO, view: memoryview, key: str) -> None:
+        at = 0
+        while at < len(view):
+            got = file.readinto(view[at:])
+            if not got:
+                raise ValueError(f"{self.path} ends inside {key}")
+            at += got
 
     def lazy(self, key: str) -> LazyTensor:
         """A tensor for later."""
         return LazyTensor(key, self.path, self.entries[key].shape, self.dtype(key), partial(self.read, key))
 
 
-def header_bytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the tensors of a safetensors file that holds ``tensors`` in this order; padded to 8 as the library does."""
+def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+    """The bytes in front of the tensors of a file that holds ``entries`` in this order; their offsets give only the sizes.
+
+    Padded to a multiple of 8, as the safetensors library does.
+    """
     content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
-    for key, (dtype, shape) in tensors.items():
-        size = math.prod(shape) * dtype.itemsize
-        content[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
+    for key, entry in entries.items():
+        content[key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + entry.nbytes]}
+        at += entry.nbytes
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def _rows_per_block(entry: Entry, elements: int) -> int:
+    return max(1, elements // max(1, math.prod(entry.shape[1:])))
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:

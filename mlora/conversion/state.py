@@ -33,6 +33,13 @@ def refuse(problem: str) -> None:
     raise ValueError(problem)
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every value is finite; unlike ``isfinite().all()`` it makes no tensor of the size of its input."""
+    if not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
 @dataclass(frozen=True)
 class LazyTensor:
     """One tensor in a file, not read yet.
@@ -67,7 +74,7 @@ class LazyTensor:
             raise ValueError(
                 f"{self.file}: {self.key} is {value.dtype} {list(value.shape)}, not {self.dtype} {list(self.shape)} as announced"
             )
-        if not torch.isfinite(value).all():
+        if not is_finite(value):
             raise ValueError(f"{self.file}: {self.key} has values that are not finite")
         return value
 
