@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 import traceback
@@ -61,9 +62,9 @@ def _work(
     try:
         with world(rank, size, store, sizes):
             value = function(rank, *args)
-        result.send((True, value))
+        result.send_bytes(pickle.dumps((True, value)))
     except BaseException:
-        result.send((False, traceback.format_exc()))
+        result.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         result.close()
         sys.stdout.flush()
@@ -106,7 +107,7 @@ def _collect(ends: list[Connection]) -> list[Any]:
         for end in ready:
             rank = waiting.pop(end)  # type: ignore[index]
             try:
-                good, value = end.recv()  # type: ignore[union-attr]
+                good, value = pickle.loads(end.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
                 raise AssertionError(f"rank {rank} died") from None
             assert good, f"rank {rank}:\n{value}"
