@@ -130,12 +130,9 @@ def read_windows(keys: ConfigKeys) -> int | None:
 
 
 def _head_width(keys: ConfigKeys, hidden: int, heads: int) -> int:
-    keys.require("head_dim", lambda value: value is None or value > 0, "is not a positive number")
-    width: int | None = keys.take("head_dim")
-    if width is None:
-        if hidden % heads:
-            raise keys.error("num_attention_heads", f"does not divide hidden_size {hidden}, and there is no head_dim")
-        width = hidden // heads
+    if keys.take("head_dim") is None and hidden % heads:
+        raise keys.error("num_attention_heads", f"does not divide hidden_size {hidden}, and there is no head_dim")
+    width = keys.integer("head_dim", otherwise=hidden // heads)
     if width % 2:
-        raise keys.error("head_dim", "is odd; rotary embeddings turn pairs")
+        raise keys.error("head_dim", f"makes heads of {width} features; rotary embeddings turn pairs of them")
     return width

@@ -85,8 +85,8 @@ class Family:
             ValueError: a key is missing, or has a value that cannot be represented exactly; file, key and value are named.
         """
         keys = ConfigKeys(config, self.defaults, source)
-        named = config.get("architectures")
-        if named and not set(named) <= set(self.architectures):
+        named = config.get("architectures") or []
+        if not isinstance(named, list) or any(name not in self.architectures for name in named):
             raise keys.error("architectures", f"is not supported; it can be {' or '.join(self.architectures)}")
         architecture = self.read(keys)
         keys.check_all_seen()

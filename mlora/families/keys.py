@@ -27,7 +27,8 @@ DESCRIPTIVE = frozenset({
     "top_k", "top_p", "typical_p", "repetition_penalty", "diversity_penalty", "encoder_no_repeat_ngram_size", "length_penalty",
     "no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
     "bad_words_ids", "exponential_decay_length_penalty", "remove_invalid_values", "is_decoder", "attn_implementation",
-    "transformers.js_config", "unsloth_version", "unsloth_fixed", "neuron", "base_model_tp_plan",
+    "transformers.js_config", "unsloth_version", "unsloth_fixed", "base_model_tp_plan", "is_llama_config", "max_sequence_length",
+    "keys_to_ignore_at_inference",
 })  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,8 +169,10 @@ REFUSED: list[tuple[Family, dict[str, Any], str]] = [
         {"num_attention_heads": 6, "num_key_value_heads": 6},
         "num_attention_heads = 6 does not divide hidden_size 32",
     ),
-    (LLAMA, {"head_dim": 7}, "head_dim = 7 is odd"),
+    (LLAMA, {"head_dim": 7}, "head_dim = 7 makes heads of 7 features"),
     (LLAMA, {"head_dim": -8}, "head_dim = -8"),
+    (LLAMA, {"head_dim": "wide"}, "head_dim = 'wide' is not a whole number"),
+    (LLAMA, {"architectures": 7}, "architectures = 7"),
     (LLAMA, {"rms_norm_eps": 0}, "rms_norm_eps = 0"),
     (LLAMA, {"sliding_window": 64}, "sliding_window = 64 is not known"),
     (MISTRAL, {"sliding_window": 0}, "sliding_window = 0"),
@@ -253,7 +254,7 @@ def test_a_counter_of_its_own_numbers_a_second_list() -> None:
     assert family.megatron_name("model.layers.2.mlp.experts.1.down_proj") == (name, "whole")
 
 
-def test_published_configurations_are_read(tmp_path: Path) -> None:
+def test_published_configurations_are_read() -> None:
     """The keys of well-known checkpoints' files, with what was typical of the transformers that wrote them."""
     llama2 = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "pretraining_tp": 1,
               "rope_scaling": None, "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "torch_dtype": "float16",
@@ -264,6 +265,9 @@ def test_published_configurations_are_read(tmp_path: Path) -> None:
                                 "original_max_position_embeddings": 64, "rope_type": "llama3"}}  # fmt: skip
     qwen25 = {"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "max_window_layers": 28, "rope_theta": 1000000.0,
               "sliding_window": 32768, "use_sliding_window": False, "use_mrope": False, "tie_word_embeddings": True}  # fmt: skip
+    smollm = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"},
+              "vocab_size": 49152, "_name_or_path": "x", "unsloth_fixed": True}  # fmt: skip
     assert not LLAMA.architecture(SHAPE | llama2).tied
+    assert LLAMA.architecture(SHAPE | smollm).vocab_size == 49152
     assert LLAMA.architecture(SHAPE | llama32).rope.kind == "llama3"
     assert QWEN2.architecture(SHAPE | qwen25).tied

@@ -298,3 +298,20 @@ def test_padding_would_be_seen_in_the_loss(models: dict[str, Path], references: 
     expected = torch.nn.functional.cross_entropy(references["llama"].transpose(1, 2), labels)
     (loss,) = run_ranks(1, unmasked, models["llama"], ids, labels, sizes=ONE)
     assert abs(loss - float(expected)) > 0.01
+
+
+def logits_in_bfloat16(rank: int, path: Path, ids: torch.Tensor) -> Floats:
+    chunk = build_model(Pretrained.open(path), ONE, dtype=torch.bfloat16)[0]
+    with torch.no_grad():
+        return chunk(ids, None, None).float().numpy()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["llama3.1", "qwen2", "qwen3"])
+def test_bfloat16_rounds_no_more_than_hugging_face(
+    models: dict[str, Path], references: dict[str, torch.Tensor], kind: str
+) -> None:
+    ids, exact = tokens(), references[kind]
+    (logits,) = run_ranks(1, logits_in_bfloat16, models[kind], ids, sizes=ONE)
+    theirs = (hf_logits(models[kind], ids, dtype=torch.bfloat16).float() - exact).square().mean().sqrt()
+    ours = (torch.from_numpy(logits)[..., :VOCAB] - exact).square().mean().sqrt()
+    assert ours < 1.2 * theirs, (ours, theirs)
