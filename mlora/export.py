@@ -21,7 +21,7 @@ from mlora.adapter import SHARED
 from mlora.checkpoint import INFO_FILE, PREFIX, read_info
 from mlora.folder import sync
 from mlora.tensor_file import write_tensors
-from parallel.storage import Reader
+from parallel.storage import Reader, naming
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -148,14 +148,8 @@ def export_peft(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            entries = [(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors]
-            made = (tensor.of(reader.tensor(PREFIX + tensor.source)) for tensor in tensors)
-            write_tensors(partial / WEIGHTS_FILE, entries, made)
-            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-            (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
-            _check_written(partial / WEIGHTS_FILE, tensors)
-            for path in (*partial.iterdir(), partial):
-                sync(path)
+            with naming(partial):
+                _write(partial, reader, tensors, config)
             _put_in_place(partial, output)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -228,6 +222,17 @@ def _where(names: set[str], layer_count: int) -> dict[str, Any]:
 
 def _in_layer(name: str, layer: int) -> str:
     return ".".join(str(layer) if part.isdigit() else part for part in name.split("."))
+
+
+def _write(folder: Path, reader: Reader, tensors: Sequence[PeftTensor], config: Mapping[str, Any]) -> None:
+    entries = [(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors]
+    made = (tensor.of(reader.tensor(PREFIX + tensor.source)) for tensor in tensors)
+    write_tensors(folder / WEIGHTS_FILE, entries, made)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    _check_written(folder / WEIGHTS_FILE, tensors)
+    for path in (*folder.iterdir(), folder):
+        sync(path)
 
 
 def _check_written(path: Path, tensors: Sequence[PeftTensor]) -> None:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from parallel.storage import Reader
+from parallel.storage import Reader, naming
 
 _UNFINISHED = re.compile(r"iter_\d{7,}\.(partial|old)")  # Being written, being removed.
 
@@ -36,7 +36,8 @@ def complete(partial: Path, final: Path, texts: Mapping[str, str]) -> None:
     except ValueError as error:
         raise ValueError(f"not saved: {error}; all ranks must write to the same storage") from error
     for name, text in texts.items():
-        (partial / name).write_text(text, encoding="utf-8")
+        with naming(partial / name):
+            (partial / name).write_text(text, encoding="utf-8")
     for path in (*partial.iterdir(), partial):
         sync(path)
     os.rename(partial, final)

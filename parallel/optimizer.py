@@ -82,9 +82,9 @@ def check_settings(optimizer: Any, scheduler: Any, loaded: Mapping[str, Any]) ->
 
     Raises:
         ValueError: a learning rate, a schedule, Adam's betas or such is another; both values are named. Not if the scheduler was
-            made to override the checkpoint's values or to take them.
+            made to override the checkpoint's values.
     """
-    if scheduler.override_opt_param_scheduler or scheduler.use_checkpoint_opt_param_scheduler:
+    if scheduler.override_opt_param_scheduler:
         return
     saved = loaded["scheduler"]
     for name, value in scheduler.state_dict().items():

@@ -6,9 +6,12 @@ every rank's error, and nothing in a file can run code: its directory is read by
 tensors, its contents by ``torch.load(weights_only=True)``.
 """
 
+import contextlib
 import io
 import math
+import os
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from types import TracebackType
@@ -70,11 +73,45 @@ def write(state: Mapping[str, Any], folder: Path) -> None:
     together(lambda: _check_readable(pieces))
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        save(pieces, storage_writer=FileSystemWriter(folder), planner=planner)
+        save(pieces, storage_writer=_Writer(folder), planner=planner)
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         raise_for(rank, cause)
-    on_rank_zero(lambda: save_config(CheckpointingConfig("torch_dist"), str(folder)))
+    on_rank_zero(lambda: _write_format(folder))
+
+
+def _write_format(folder: Path) -> None:
+    with naming(folder):
+        save_config(CheckpointingConfig("torch_dist"), str(folder))
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer, with errors that say where and why."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        with naming(self.path):
+            return super().write_data(plan, planner)
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        with naming(self.path):
+            super().finish(metadata, results)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an error of the operating system name ``path``, if it names no file, as a full disk's does not.
+
+    torch's writer in C++ has only a position to report; the cause is in the context of its error.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None or cause.filename is not None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 def _check_readable(pieces: Mapping[str, Any]) -> None:
@@ -198,7 +235,14 @@ class Reader:
         file = self._files[place.relative_path]
         file.seek(place.offset)
         try:
-            return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+            content = io.BytesIO(file.read(place.length))
+            with zipfile.ZipFile(content) as archive:
+                if (
+                    bad := archive.testzip()
+                ) is not None:  # torch.load does not look at the checksums that torch.save writes.
+                    raise ValueError(f"wrong checksum of {bad}")
+            content.seek(0)
+            return torch.load(content, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{self.folder / place.relative_path}: {index.fqn} cannot be read: {error}") from error
 
