@@ -64,7 +64,7 @@ def _load(base: Path, adapter: Path) -> PeftModel:
 
 def _pad(samples: Sequence[Sample], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, is_target), both [samples, longest]; padded at the end, out of causal attention's sight."""
-    tokens = [torch.from_numpy(sample.tokens) for sample in samples]
+    tokens = [torch.from_numpy(sample.tokens).long() for sample in samples]
     targets = [torch.from_numpy(sample.is_target) for sample in samples]
     pad = torch.nn.utils.rnn.pad_sequence
     return pad(tokens, batch_first=True, padding_value=fill), pad(targets, batch_first=True)

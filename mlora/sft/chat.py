@@ -21,35 +21,56 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _MARKERS = "put {% generation %} and {% endgeneration %} around assistant turns in tokenizer.chat_template"
 
 
-def encode_chat(record: Record, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[bool]]:
-    """The conversation under the tokenizer's chat template: token ids, and whether each is an assistant's, [n] each.
+def encode_chats(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[list[int], list[bool]]]:
+    """Conversations under the tokenizer's chat template: of each the token ids, and whether each is an assistant's.
 
     An assistant turn is its content and its end-of-turn token, not its header. A token that reaches over either end of
     a turn counts as the turn's.
 
     Raises:
         ValueError: there is no chat template, the tokenizer gives no character offsets (it is not a fast one), the
-            template refuses the conversation or does not show where an assistant turn is.
+            template refuses a conversation or does not show where an assistant turn is.
     """
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{record.where}: the tokenizer has no chat template, so messages cannot be encoded; take the tokenizer of "
+            f"{records[0].where}: the tokenizer has no chat template, so messages cannot be encoded; take the tokenizer of "
             'a chat model, set tokenizer.chat_template, or write the data as "prompt" and "completion"'
         )
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{record.where}: finding the assistant's tokens needs a fast tokenizer, got {type(tokenizer).__name__}"
+            f"{records[0].where}: finding the assistant's tokens needs a fast tokenizer, got {type(tokenizer).__name__}"
         )
-    chat = _Chat(record, tokenizer)
-    return chat.marked() if _GENERATION.search(tokenizer.get_chat_template()) else chat.located()
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    special = frozenset(token for token in added | set(tokenizer.all_special_tokens) if token.strip())
+    chats = [_Chat(record, tokenizer, special) for record in records]
+    if _GENERATION.search(tokenizer.get_chat_template()):
+        return [chat.marked() for chat in chats]
+    texts, spans = zip(*(chat.located() for chat in chats), strict=True)
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return [
+        (list(tokens), _within(offsets, turns))
+        for tokens, offsets, turns in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
+    ]
+
+
+def _within(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Which tokens, given their ranges of characters, reach into one of ``spans``."""
+    begin, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    begin = np.minimum(begin, end - 1)  # byte-level tokenizers may trim a token of white space to nothing
+    mask = np.zeros(len(begin), dtype=np.bool_)
+    for first, last in spans:
+        mask |= (begin < last) & (end > first)
+    marks: list[bool] = mask.tolist()
+    return marks
 
 
 @dataclass(frozen=True)
 class _Chat:
-    """One conversation under one template."""
+    """One conversation under one template; ``special`` holds the tokenizer's special tokens."""
 
     record: Record
     tokenizer: "PreTrainedTokenizerBase"
+    special: frozenset[str]
 
     def marked(self) -> tuple[list[int], list[bool]]:
         """The assistant's is what the template marks with ``{% generation %}``."""
@@ -65,18 +86,11 @@ class _Chat:
             raise ValueError(f"{self.record.where}: the chat template marks nothing of the conversation; {_MARKERS}")
         return list(encoded["input_ids"]), mask
 
-    def located(self) -> tuple[list[int], list[bool]]:
-        """Assistant turns located in the rendered text, then carried to the tokens by their character offsets."""
+    def located(self) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation as rendered, and the ranges of its characters that are assistant turns."""
         text = self._render(self.record.messages)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        begin, end = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-        begin = np.minimum(begin, end - 1)  # byte-level tokenizers may trim a token of white space to nothing
-        mask = np.zeros(len(begin), dtype=np.bool_)
-        for turn, message in enumerate(self.record.messages):
-            if message["role"] == "assistant":
-                first, last = self._span(turn, text)
-                mask |= (begin < last) & (end > first)
-        return list(encoded["input_ids"]), mask.tolist()
+        roles = (message["role"] for message in self.record.messages)
+        return text, [self._span(turn, text) for turn, role in enumerate(roles) if role == "assistant"]
 
     def _span(self, turn: int, text: str) -> tuple[int, int]:
         """Character range of an assistant turn in ``text``, the whole conversation as rendered.
@@ -100,20 +114,18 @@ class _Chat:
         if head == self._render(messages[:turn]):  # a template without generation prompt: a header may still follow
             start = len(os.path.commonprefix([text, other]))
         follows = _common_suffix(text[len(head) :], other[len(head) :])
-        closing = _common_suffix(self._render(messages[: turn + 1]), self._render(probe))
+        closing = follows
+        if turn + 1 < len(messages):
+            closing = _common_suffix(self._render(messages[: turn + 1]), self._render(probe))
         return start, len(text) - len(follows) + self._closing_length(turn, follows, closing)
 
     def _closing_length(self, turn: int, follows: str, closing: str) -> int:
         """Characters of the end-of-turn at the start of ``follows``, given what closes a conversation's last turn."""
         shared = os.path.commonprefix([follows, closing])
-        ends = [shared.index(token) + len(token) for token in self._special_tokens() if token in shared]
+        ends = [shared.index(token) + len(token) for token in self.special if token in shared]
         if not ends and shared != closing:
             raise self._error(turn, f"its end is {closing!r} at the end of a conversation, but not before")
         return min(ends, default=len(shared))
-
-    def _special_tokens(self) -> set[str]:
-        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
-        return {token for token in added | set(self.tokenizer.all_special_tokens) if token.strip()}
 
     def _render(self, messages: Sequence[Mapping[str, Any]], *, prompted: bool = False) -> str:
         return str(self._apply(messages, tokenize=False, add_generation_prompt=prompted))

@@ -83,7 +83,7 @@ def single_rows(samples: Sequence[Sample], seq_length: int, pad_id: int) -> Rows
 
 
 def packed_rows(samples: Sequence[Sample], seq_length: int, pad_id: int) -> Rows:
-    """Whole samples packed into few rows: best fit, longest first (at most 11/9 of the fewest + 1; Johnson 1973).
+    """Whole samples packed into few rows: best fit, longest first (at most 11/9 of the fewest + 4; Johnson et al. 1974).
 
     Samples stand in a row in their order, rows in the order of their first samples. O(n log n) for n samples.
 

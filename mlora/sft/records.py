@@ -19,7 +19,7 @@ _FORMS: Mapping[Kind, tuple[str, ...]] = {
 _EXPECTED = 'one of "messages", "prompt" with "completion", or "text"'
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """One line of a data file; the fields of the other forms are empty.
 
@@ -52,8 +52,9 @@ def read_jsonl(path: str | PathLike[str]) -> list[Record]:
     them by the assistant), with "prompt" and "completion", or with "text". What is trained on must not be empty:
     the completion, the text and every assistant turn. Further keys beside a form ("id", a lone "prompt" beside
     "messages", …) are common in public data and are ignored; further keys of a message reach the chat template and
-    nothing else. Blank lines are ignored wherever they stand (they hold no data) but count as lines; a UTF-8 byte
-    order mark at the start of the file is ignored too.
+    nothing else. Two that would change what is trained are refused: "tools" beside "messages", and a "weight" other
+    than 1 in an assistant's message. Blank lines are ignored wherever they stand (they hold no data) but count as
+    lines; a UTF-8 byte order mark at the start of the file is ignored too.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -61,9 +62,12 @@ def read_jsonl(path: str | PathLike[str]) -> list[Record]:
             names the file and the line.
     """
     name = fspath(path)
+    records = []
     with open(path, "rb") as file:
-        lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    records = [_parse(line, name, number) for number, line in enumerate(lines, start=1) if line.strip()]
+        for number, line in enumerate(file, start=1):
+            data = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if data.strip():
+                records.append(_parse(data, name, number))
     if not records:
         raise ValueError(f"{name}: the file has no record; write one JSON object a line, with {_EXPECTED}")
     return records
@@ -77,13 +81,18 @@ def _parse(line: bytes, path: str, number: int) -> Record:
         at = error.start + 1
         raise ValueError(f"{where}: byte {at} of the line is not UTF-8; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON at column {error.colno}: {error.msg}") from error
+        fault = f"not valid JSON at column {error.colno}: {error.msg}"
+        raise ValueError(f"{where}: {fault}; each line must be one whole JSON object") from error
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits, an abyss of brackets
         raise ValueError(f"{where}: not readable as JSON: {error}") from error
     if _kind_of(value) != "an object":
         raise ValueError(f"{where}: expected a JSON object, got {_kind_of(value)}; write {_EXPECTED}")
     kind = _form(value, where)
     if kind == "messages":
+        if value.get("tools"):
+            raise ValueError(
+                f'{where}: "tools" are not supported: the chat template is not given any; remove the record'
+            )
         return Record(kind=kind, messages=_messages(value["messages"], where), path=path, line=number)
     if kind == "prompt":
         prompt = _string(value["prompt"], '"prompt"', where)
@@ -119,6 +128,11 @@ def _messages(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
             _string(message[key], f'{name}["{key}"]', where)
         if message["role"] == "assistant":
             _filled(message["content"], f'{name}["content"] (an assistant turn)', where)
+            if message.get("weight", 1) != 1:
+                raise ValueError(
+                    f'{where}: {name}["weight"] is {message["weight"]!r}; turns cannot be weighted: every assistant '
+                    "turn is trained on; remove the key, or the record"
+                )
     if all(message["role"] != "assistant" for message in value):
         raise ValueError(f'{where}: "messages" has no turn of role "assistant", so there is nothing to train on')
     return tuple(value)

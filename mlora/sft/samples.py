@@ -4,14 +4,14 @@ The tokenizer is a Hugging Face one that the caller has loaded. Knows nothing of
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from mlora.sft.chat import encode_chat
+from mlora.sft.chat import encode_chats
 from mlora.sft.records import Record
 
 if TYPE_CHECKING:
@@ -20,18 +20,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LINES_SHOWN = 5
+_BATCH = 1000  # records that go to the tokenizer together: enough to keep its threads busy
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Sample:
     """The tokens of one record.
 
     Attributes:
-        tokens: token ids, int64 [n].
+        tokens: token ids, int32 [n]: a rank may hold a billion of them.
         is_target: bool [n]; true where the token is to be predicted from those before it. Never true for the first.
     """
 
-    tokens: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int32]
     is_target: npt.NDArray[np.bool_]
 
     def cut(self, max_tokens: int) -> "Sample":
@@ -70,12 +71,7 @@ def encode(record: Record, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
         ValueError: the tokenizer lacks what the form needs (EOS for "prompt"; a chat template that shows where
             assistant turns are, and character offsets, for "messages"), or the template refuses the conversation.
     """
-    if record.kind == "prompt":
-        sample = _encode_prompt(record, tokenizer)
-    elif record.kind == "text":
-        sample = _encode_text(record, tokenizer)
-    else:
-        sample = _sample(*encode_chat(record, tokenizer))
+    (sample,) = _encode([record], tokenizer)
     return sample if max_tokens is None else sample.cut(max_tokens)
 
 
@@ -92,8 +88,7 @@ def encode_all(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", 
     samples: list[Sample] = []
     truncated: list[int] = []
     dropped: list[int] = []
-    for record in records:
-        whole = encode(record, tokenizer)
+    for record, whole in _pairs(records, tokenizer):
         sample = whole.cut(seq_length + 1)
         if not sample.is_target.any():
             dropped.append(record.line)
@@ -133,35 +128,70 @@ def _counted(lines: list[int]) -> str:
     return f"{len(lines)} (line {shown})"
 
 
-def _sample(tokens: Sequence[int], is_target: npt.ArrayLike) -> Sample:
-    mask = np.array(is_target, dtype=np.bool_)
-    mask[:1] = False  # nothing stands before the first token, so nothing predicts it
-    return Sample(np.array(tokens, dtype=np.int64), mask)
+def _pairs(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[Record, Sample]]:
+    for first in range(0, len(records), _BATCH):
+        batch = records[first : first + _BATCH]
+        yield from zip(batch, _encode(batch, tokenizer), strict=True)
 
 
-def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, *, special: bool) -> list[int]:
-    # verbose=False: the tokenizer would warn of its own maximum length, and samples are cut afterwards.
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+def _encode(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase") -> list[Sample]:
+    """The records' samples, whole; each form goes to the tokenizer at once."""
+    samples: dict[int, Sample] = {}
+    for kind, encode_form in _ENCODERS.items():
+        chosen = {at: record for at, record in enumerate(records) if record.kind == kind}
+        if chosen:
+            samples.update(zip(chosen, encode_form(list(chosen.values()), tokenizer), strict=True))
+    return [samples[at] for at in range(len(records))]
 
 
-def _encode_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase") -> Sample:
+def _encode_prompts(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase") -> list[Sample]:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(
-            f"{record.where}: the tokenizer has no eos_token, so a completion would have no end; "
+            f"{records[0].where}: the tokenizer has no eos_token, so a completion would have no end; "
             "set tokenizer.eos_token"
         )
-    prompt = _ids(tokenizer, record.prompt, special=True)
-    added_eos = len(prompt) > 1 and prompt[-1] == eos and _ids(tokenizer, record.prompt, special=False)[-1:] != [eos]
-    if added_eos:
-        prompt.pop()
-    completion = _ended(_ids(tokenizer, record.completion, special=False), eos)
-    return _sample(prompt + completion, [False] * len(prompt) + [True] * len(completion))
+    after = _special_tokens_after(tokenizer)
+    prompts = _ids(tokenizer, [record.prompt for record in records], special=True)
+    completions = _ids(tokenizer, [record.completion for record in records], special=False)
+    samples = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        begin = prompt[: len(prompt) - len(after)] if after and prompt[-len(after) :] == after else prompt
+        end = _ended(completion, eos)
+        samples.append(_sample(begin + end, [False] * len(begin) + [True] * len(end)))
+    return samples
 
 
-def _encode_text(record: Record, tokenizer: "PreTrainedTokenizerBase") -> Sample:
-    tokens = _ended(_ids(tokenizer, record.text, special=True), tokenizer.eos_token_id)
-    return _sample(tokens, [True] * len(tokens))
+def _encode_texts(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase") -> list[Sample]:
+    texts = _ids(tokenizer, [record.text for record in records], special=True)
+    ended = [_ended(tokens, tokenizer.eos_token_id) for tokens in texts]
+    return [_sample(tokens, [True] * len(tokens)) for tokens in ended]
+
+
+def _encode_messages(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase") -> list[Sample]:
+    return [_sample(tokens, marks) for tokens, marks in encode_chats(records, tokenizer)]
+
+
+_ENCODERS = {"prompt": _encode_prompts, "text": _encode_texts, "messages": _encode_messages}
+
+
+def _sample(tokens: Sequence[int], is_target: Sequence[bool]) -> Sample:
+    mask = np.array(is_target, dtype=np.bool_)
+    mask[:1] = False  # nothing stands before the first token, so nothing predicts it
+    return Sample(np.array(tokens, dtype=np.int32), mask)
+
+
+def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], *, special: bool) -> list[list[int]]:
+    # verbose=False: the tokenizer would warn of its own maximum length, and samples are cut afterwards.
+    encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _special_tokens_after(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What the tokenizer puts behind a text, for example T5's EOS."""
+    ((bare,), (whole,)) = (_ids(tokenizer, ["a"], special=special) for special in (False, True))
+    starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return whole[next(starts, len(whole)) + len(bare) :]
 
 
 def _ended(tokens: list[int], eos: int | None) -> list[int]:
