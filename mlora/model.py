@@ -61,6 +61,9 @@ def build_model(
     :func:`parallel.cpu.megatron_on_cpu` the CPU). Their config has what Megatron's schedules and DDP read, so that a training
     loop need not change it. Called on every rank, in process groups divided by ``sizes``.
 
+    The embedding has Megatron's number of rows, a multiple of 128 for each rank. Logits of the added rows are the dtype's least
+    value, so that losses are those of the real vocabulary, ``pretrained.architecture.vocab_size``.
+
     Args:
         pretrained: the opened directory.
         sizes: how the model is divided.

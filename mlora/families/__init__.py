@@ -12,7 +12,7 @@ from mlora.families.mistral import MISTRAL
 from mlora.families.qwen2 import QWEN2
 from mlora.families.qwen3 import QWEN3
 
-__all__ = ["FAMILIES", "LLAMA", "Architecture", "Family", "find_family"]
+__all__ = ["FAMILIES", "LLAMA", "MISTRAL", "QWEN2", "QWEN3", "Architecture", "Family", "find_family"]
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 

@@ -119,7 +119,8 @@ def read_windows(keys: ConfigKeys) -> int | None:
             raise keys.error("max_window_layers", "is not the number of the first layer with a window")
         windowed = window is not None and first < layers
     else:
-        if not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        known = isinstance(kinds, list) and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
+        if not known or len(kinds) != layers:
             raise keys.error("layer_types", f'does not give "full_attention" or "sliding_attention" to {layers} layers')
         windowed = "sliding_attention" in kinds
         if windowed and window is None:

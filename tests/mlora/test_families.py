@@ -180,6 +180,8 @@ REFUSED: list[tuple[Family, dict[str, Any], str]] = [
     (QWEN2, {"layer_types": ["sliding_attention"] * 4}, "layer_types = .* give no window"),
     (QWEN2, {"layer_types": ["full_attention"] * 3}, "layer_types = .* to 4 layers"),
     (QWEN2, {"layer_types": ["chunked_attention"] * 4}, "layer_types = .* to 4 layers"),
+    (QWEN2, {"layer_types": [{}] * 4}, "layer_types = .* to 4 layers"),
+    (QWEN2, {"layer_types": 4}, "layer_types = .* to 4 layers"),
     (QWEN2, {"use_sliding_window": True, "max_window_layers": None}, "max_window_layers = None"),
     (QWEN2, {"attention_bias": True}, "attention_bias = True is not known"),
 ]

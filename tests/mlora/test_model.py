@@ -105,6 +105,20 @@ def test_fewer_query_groups_than_ranks(tmp_path: Path) -> None:
         assert (logits - expected).abs().max() < 1e-5 * expected.abs().max(), groups
 
 
+def gathered(rank: int, path: Path, sizes: ParallelSizes, ids: torch.Tensor) -> Floats:
+    """The logits of the whole vocabulary, gathered by the output layer."""
+    (chunk,) = build_model(Pretrained.open(path), sizes)
+    with torch.no_grad():
+        return chunk(ids, None, None, runtime_gather_output=True).numpy()  # type: ignore[no-any-return]
+
+
+def test_padding_is_masked_in_gathered_logits_too(models: dict[str, Path], references: dict[str, torch.Tensor]) -> None:
+    sizes, expected = ParallelSizes(tensor=2), references["llama"]
+    for logits in run_ranks(2, gathered, models["llama"], sizes, tokens(), sizes=sizes):
+        assert (torch.from_numpy(logits)[..., :VOCAB] - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert (logits[..., VOCAB:] == torch.finfo(torch.float32).min).all()
+
+
 def held_by(rank: int, path: Path, sizes: ParallelSizes, overrides: dict[str, Any]) -> dict[str, Any]:
     """What one rank's chunks hold, and how much was read for them."""
     pretrained = Pretrained.open(path)
