@@ -1,1 +1,1 @@
-"""Groups, shards, stages and collectives on Megatron-Core. Nothing in this package has heard of LoRA."""
+"""Groups, shards, stages and collectives on Megatron-Core. Nothing in this package knows what they are used for."""
