@@ -65,7 +65,9 @@ def read_jsonl(path: str | PathLike[str]) -> list[Record]:
     records = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            data = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            data = line.removesuffix(b"\n")
+            if number == 1:
+                data = data.removeprefix(b"\xef\xbb\xbf")
             if data.strip():
                 records.append(_parse(data, name, number))
     if not records:

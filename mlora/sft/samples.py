@@ -60,8 +60,8 @@ def encode(record: Record, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
 
     - "prompt": the prompt with the special tokens that the tokenizer puts before a text, the completion, EOS.
       Targets are the completion and EOS. The two are tokenised apart, as the prompt is alone at inference.
-    - "text": the text with the special tokens that the tokenizer adds, and EOS if the tokenizer has one. Every token
-      after the first is a target.
+    - "text": the text with the special tokens that the tokenizer puts before it, and EOS if the tokenizer has one.
+      Every token after the first is a target.
     - "messages": the conversation under the tokenizer's chat template. Targets are the assistant turns, content and
       end-of-turn token: what the template marks with ``{% generation %}``, else what can be located (see ``chat``).
 
@@ -151,19 +151,17 @@ def _encode_prompts(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBa
             f"{records[0].where}: the tokenizer has no eos_token, so a completion would have no end; "
             "set tokenizer.eos_token"
         )
-    after = _special_tokens_after(tokenizer)
-    prompts = _ids(tokenizer, [record.prompt for record in records], special=True)
+    prompts = _begun(tokenizer, [record.prompt for record in records])
     completions = _ids(tokenizer, [record.completion for record in records], special=False)
     samples = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        begin = prompt[: len(prompt) - len(after)] if after and prompt[-len(after) :] == after else prompt
         end = _ended(completion, eos)
-        samples.append(_sample(begin + end, [False] * len(begin) + [True] * len(end)))
+        samples.append(_sample(prompt + end, [False] * len(prompt) + [True] * len(end)))
     return samples
 
 
 def _encode_texts(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase") -> list[Sample]:
-    texts = _ids(tokenizer, [record.text for record in records], special=True)
+    texts = _begun(tokenizer, [record.text for record in records])
     ended = [_ended(tokens, tokenizer.eos_token_id) for tokens in texts]
     return [_sample(tokens, [True] * len(tokens)) for tokens in ended]
 
@@ -185,6 +183,13 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], *, special: boo
     # verbose=False: the tokenizer would warn of its own maximum length, and samples are cut afterwards.
     encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _begun(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+    """The texts' ids behind the special tokens that the tokenizer puts before a text, without those it puts behind."""
+    after = _special_tokens_after(tokenizer)
+    whole = _ids(tokenizer, texts, special=True)
+    return [ids[: -len(after)] if after and ids[-len(after) :] == after else ids for ids in whole]
 
 
 def _special_tokens_after(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
