@@ -116,7 +116,8 @@ def save_checkpoint(
         OSError: a rank could not write.
         ValueError: a parameter is not finite (named); ``training.state`` is more than tensors and plain values.
 
-    Every error is raised on every rank alike and leaves the checkpoints in ``folder`` as they were.
+    Every error is raised on every rank alike and leaves whole checkpoints in ``folder``: the earlier ones, and, if it came while
+    old ones were removed, the new one.
     """
     if iteration < 0 or (keep_last is not None and keep_last < 1):
         raise ValueError(f"iteration is {iteration} and keep_last {keep_last}; they must be at least 0 and 1")
