@@ -1,22 +1,28 @@
 """Which adapter is on: switching between named adapters, turning them off, and merging one into the base weights and back."""
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from mlora.adapter import AdapterBank
 from mlora.attach import DEFAULT_ADAPTER, banks, check_adapter_exists, freeze_all_but
-from parallel.stages import as_chunks
+from parallel.stages import as_chunks, union_over_stages
+
+logger = logging.getLogger(__name__)
 
 Model = torch.nn.Module | Sequence[torch.nn.Module]
+Pairs = Sequence[tuple[torch.Tensor, AdapterBank]]
 
 
 def set_adapter(model: Model, adapter_name: str) -> None:
     """Make ``adapter_name`` the one that forward adds and that trains; the others are kept, frozen and off.
 
-    Switching does not touch the base or move memory. A gradient buffer made before (Megatron's DDP) holds the parameters
-    that were trainable when it was made.
+    Switching does not touch the base or move memory. Megatron's DDP and optimizer hold the parameters that were trainable when
+    they were made: to train another adapter, make them anew (a warning says so).
+
+    A collective of the pipeline group, as are merging and unmerging.
 
     Raises:
         ValueError: there is no such adapter on any stage, or one is merged.
@@ -27,65 +33,85 @@ def set_adapter(model: Model, adapter_name: str) -> None:
     for bank in found:
         bank.active = adapter_name
         freeze_all_but(bank, adapter_name)
+    in_buffers = {hasattr(parameter, "main_grad") for bank in found for parameter in bank.parameters()}
+    trained = [parameter for bank in found for parameter in bank.parameters() if parameter.requires_grad]
+    if True in in_buffers and not all(hasattr(parameter, "main_grad") for parameter in trained):
+        logger.warning("adapter %r is on, but DDP was made without it: it gets no gradient there", adapter_name)
 
 
 @contextlib.contextmanager
 def disable_adapter(model: Model) -> Iterator[None]:
     """The base model alone while the context lasts, whatever ends it: no adapter is added, and a merged one is taken out."""
-    found = list(banks(model))
-    merged = next((bank.merged for bank in found if bank.merged is not None), None)
-    active = [bank.active for bank in found]
-    if merged is not None:
-        unmerge_adapter(model)
+    pairs = list(_pairs(model))
+    before = [(bank, bank.active, bank.merged) for _, bank in pairs]
+    # No collective here: what ends the context on one rank may not end it on another.
+    _unmerge(pairs)
     try:
-        for bank in found:
+        for _, bank in pairs:
             bank.active = None
         yield
     finally:
-        for bank, name in zip(found, active, strict=True):
-            bank.active = name
+        for bank, active, _ in before:
+            bank.active = active
+        merged = next((name for _, _, name in before if name is not None), None)
         if merged is not None:
-            merge_adapter(model, merged)
+            _unmerge(pairs)
+            _merge(pairs, merged)
 
 
-@torch.no_grad()
 def merge_adapter(model: Model, adapter_name: str = DEFAULT_ADAPTER) -> None:
-    """Put ``σ B A`` into the base weights: summed in float32, rounded once to the weight's dtype. Needs no communication.
+    """Put ``σ B A`` into the base weights: summed in float32, rounded once to the weight's dtype.
 
     The weights as they were are kept in host memory, so that :func:`unmerge_adapter` brings back the same bits.
 
     Raises:
-        ValueError: there is no such adapter, or one is merged already.
+        ValueError: there is no such adapter on any stage, or one is merged already.
     """
-    found = list(banks(model))
+    pairs = list(_pairs(model))
+    found = [bank for _, bank in pairs]
     check_adapter_exists(found, adapter_name)
     _check_not_merged(found)
-    for weight, bank in _weights(model):
-        adapter = bank.adapter(adapter_name)
-        if adapter is not None:
-            bank.weight_before_merge = weight.detach().to("cpu", copy=True)
-            delta = adapter.delta()
-            weight.copy_(weight.to(delta.dtype) + delta)
-        bank.merged = adapter_name
+    _merge(pairs, adapter_name)
 
 
-@torch.no_grad()
 def unmerge_adapter(model: Model) -> None:
     """Take a merged adapter out again: the base weights are bit for bit what they were.
 
     Raises:
         ValueError: none is merged.
     """
-    pairs = list(_weights(model))
-    if pairs and all(bank.merged is None for _, bank in pairs):
+    pairs = list(_pairs(model))
+    if not _merged([bank for _, bank in pairs]):
         raise ValueError("no adapter is merged")
+    _unmerge(pairs)
+
+
+@torch.no_grad()
+def _merge(pairs: Pairs, adapter_name: str) -> None:
+    try:
+        for weight, bank in pairs:
+            bank.merged = adapter_name
+            adapter = bank.adapter(adapter_name)
+            if adapter is not None:
+                kept = weight.detach().to("cpu", copy=True)
+                delta = adapter.delta()
+                bank.weight_before_merge = kept
+                weight.copy_(weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta)
+    except BaseException:
+        _unmerge(pairs)  # Out of memory, say: all or nothing.
+        raise
+
+
+@torch.no_grad()
+def _unmerge(pairs: Pairs) -> None:
     for weight, bank in pairs:
         if bank.weight_before_merge is not None:
             weight.copy_(bank.weight_before_merge)
         bank.weight_before_merge, bank.merged = None, None
 
 
-def _weights(model: Model) -> Iterator[tuple[torch.Tensor, AdapterBank]]:
+def _pairs(model: Model) -> Iterator[tuple[torch.Tensor, AdapterBank]]:
+    """(weight, bank) of every adapted linear on this rank."""
     for chunk in as_chunks(model):
         for module in chunk.modules():
             bank = getattr(module, "lora", None)
@@ -93,7 +119,11 @@ def _weights(model: Model) -> Iterator[tuple[torch.Tensor, AdapterBank]]:
                 yield module.weight, bank  # type: ignore[misc]
 
 
+def _merged(found: Sequence[AdapterBank]) -> set[str]:
+    """The adapter that is merged, if any, on every stage alike."""
+    return union_over_stages({bank.merged for bank in found if bank.merged is not None})
+
+
 def _check_not_merged(found: Sequence[AdapterBank]) -> None:
-    merged = next((bank.merged for bank in found if bank.merged is not None), None)
-    if merged is not None:
-        raise ValueError(f"adapter {merged!r} is merged into the base weights; unmerge it first")
+    if names := _merged(found):
+        raise ValueError(f"adapter {', '.join(map(repr, names))} is merged into the base weights; unmerge it first")
