@@ -119,6 +119,11 @@ class LinearAdapter(torch.nn.Module):
             name, offset = f"{layout.name}.{part}.lora_B", (layout.part_rows(part)[0], 0)
             yield Factor(name, parameter, shape, offset, layout.partition_dim != 0)
 
+    def index(self, part: str) -> torch.Tensor:
+        """Where the rows of ``lora_B[part]`` stand among this rank's output rows, int64 [rows]."""
+        index: torch.Tensor = getattr(self, f"_index_{part}")
+        return index
+
     def fused(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(A, B) of the whole fused linear on this rank: [R, in_l] with the scaling in it, and [out_l, R] with zeros between parts.
 
@@ -144,14 +149,20 @@ class LinearAdapter(torch.nn.Module):
         B = torch.zeros(rows, width, dtype=self.dtype, device=device)
         for part, parameter in self.lora_B.items():
             start, scale = places[part]
-            B[getattr(self, f"_index_{part}"), start : start + self.ranks[part]] = parameter * scale
+            B[self.index(part), start : start + self.ranks[part]] = parameter * scale
         return B
 
     def delta(self) -> torch.Tensor:
         """This rank's piece of σ B A, float32 [out_l, in_l] (float64 for float64 parameters)."""
-        A, B = (factor.detach() for factor in self.fused())
         wide = torch.promote_types(self.dtype, torch.float32)
-        return B.to(wide) @ A.to(wide)
+        device = next(iter(self.lora_A.values())).device
+        rows = sum(segment.length for segment in self.layout.segments)
+        whole = torch.zeros(rows, self.layout.columns[1], dtype=wide, device=device)
+        for part, lora_B in self.lora_B.items():
+            lora_A = self.lora_A[SHARED if self.config.shared_A else part]
+            # σ after widening: in bfloat16 it would round A once more.
+            whole[self.index(part)] = lora_B.detach().to(wide) @ lora_A.detach().to(wide) * self.scaling[part]
+        return whole
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "LinearAdapter":
         """Moves with the model but keeps the adapter's dtype: ``Float16Module`` casts whatever it wraps."""
