@@ -100,7 +100,8 @@ def _check_vocabulary(samples: Sequence[Sample], paths: Sequence[Path], vocab_si
 def _digest(samples: Sequence[Sample]) -> str:
     total = hashlib.sha256()
     for sample in samples:
+        # In fixed types, so that a later version that holds them otherwise finds the same.
         total.update(len(sample.tokens).to_bytes(8, "little"))
-        total.update(sample.tokens.tobytes())
-        total.update(sample.is_target.tobytes())
+        total.update(sample.tokens.astype("<i8").tobytes())
+        total.update(sample.is_target.astype("u1").tobytes())
     return total.hexdigest()

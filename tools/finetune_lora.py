@@ -24,9 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with one_line_errors(rank) as outcome:
         arguments = Arguments.parse(argv)
         _check_installed()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Megatron warns of every optional package that is not there.
-            from mlora_tools.run import finetune
+        from mlora_tools.run import finetune  # Here, because it imports torch and Megatron, which takes seconds.
+
         finetune(arguments)
     return outcome.code
 
@@ -43,8 +42,8 @@ def _set_up_logging(rank: int) -> None:
     if rank == 0:
         for name in ("mlora", "mlora_tools", "parallel"):
             logging.getLogger(name).setLevel(logging.INFO)
-    else:
-        warnings.simplefilter("ignore")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # Megatron's and torch's, to their developers; `python -W default` shows them.
 
 
 if __name__ == "__main__":

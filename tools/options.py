@@ -193,7 +193,9 @@ def _load(path: Path) -> list[tuple[Any, Any]]:
         try:
             import yaml
         except ImportError:
-            raise UsageError(f"{path}: reading YAML needs PyYAML: pip install 'megatron-mlora[train]', or write JSON") from None
+            raise UsageError(
+                f"{path}: reading YAML needs PyYAML: pip install 'megatron-mlora[train]', or write JSON"
+            ) from None
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
             keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else None
@@ -219,5 +221,6 @@ def _unknown_words(words: Sequence[str], flags: Sequence[str]) -> str:
 
 
 def _near(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=2, cutoff=0.7)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    bare = {candidate.removeprefix("--"): candidate for candidate in names}  # Dashes would make everything look alike.
+    near = difflib.get_close_matches(name.removeprefix("--"), bare, n=2, cutoff=0.7)
+    return f"; did you mean {' or '.join(bare[match] for match in near)}?" if near else ""

@@ -12,6 +12,7 @@ from typing import Any
 from mlora.checkpoint import latest_checkpoint
 
 _VERSIONS = ("megatron-mlora", "torch", "megatron-core", "transformers", "tokenizers", "numpy", "safetensors")
+_DIGESTS = ("--model", "--data", "--eval-data")  # Settings of which a digest stands for the content.
 _SAMPLED = 2**20  # bytes at either end of a file of weights
 
 
@@ -99,8 +100,8 @@ class Output:
 
 
 def _change(name: str, before: Any, now: Any) -> str:
-    if isinstance(before, str) and len(before) == 64 and name in ("--model", "--data", "--eval-data"):
-        return f"{name} has other content" if now is not None else f"{name} was given"
+    if name in _DIGESTS:
+        return f"{name} has other content" if before and now else f"{name} was{'' if before else ' not'} given"
     return f"{name} was {json.dumps(before)}, is {json.dumps(now)}"
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_SMOOTHED_OVER = 1 / 30  # of the run: far less than the shape of the curve, far more than the noise of a batch
+_SMOOTHED_OVER = 1 / 12  # of the run: less than the shape of the curve, more than the noise of a batch
 
 
 def plot_losses(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -16,6 +16,7 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -23,12 +24,13 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     steps = [(record["iteration"], record["loss"]) for record in records if "loss" in record]
     if steps:
         iterations, losses = zip(*steps, strict=True)
-        axes.plot(iterations, losses, color="tab:blue", alpha=0.3, linewidth=1)
-        axes.plot(iterations, _smoothed(losses), color="tab:blue", linewidth=1.8, label="training (smoothed)")
+        axes.plot(iterations, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training")
+        axes.plot(iterations, _smoothed(losses), color="tab:blue", linewidth=1.8, label="training, smoothed")
     evaluations = [(record["iteration"], record["eval_loss"]) for record in records if "eval_loss" in record]
     if evaluations:
         axes.plot(*zip(*evaluations, strict=True), "o-", color="tab:orange", markersize=4, label="evaluation")
     axes.set(xlabel="iteration", ylabel="loss [nats / target token]")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if steps or evaluations:

@@ -165,6 +165,7 @@ def megatron_logits(folders: Folders, *, verbose: bool) -> Path:
         str(TENSOR),
         "--pipeline-model-parallel-size",
         str(PIPELINE),
+        "--sequence-parallel",
     ]
     torchrun("logits", [TOOLS / "quickstart_logits.py", *arguments], folders, verbose=verbose)
     return files["output"]

@@ -1,0 +1,64 @@
+"""The model's logits for given tokens, whole, whatever the layout."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+
+@torch.no_grad()
+def whole_logits(chunks: Sequence[torch.nn.Module], tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Run the model forward only, one sequence at a time, in evaluation mode.
+
+    Every rank calls it with the same tokens, also every data-parallel one.
+
+    Args:
+        chunks: this rank's chunks.
+        tokens: int64 [n, s]; attention is causal. With sequence parallelism s must divide by the tensor-parallel size.
+        vocab_size: logits to keep; those of the padded vocabulary follow them.
+
+    Returns:
+        [n, s, vocab_size] in the model's dtype, on its device and on every rank.
+    """
+    rows, length = tokens.shape
+    device = torch.cuda.current_device()
+    batches = [tokens[row : row + 1].to(device) for row in range(rows)]
+    modes = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    found = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=rows,
+        seq_length=length,
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    for chunk, mode in zip(chunks, modes, strict=True):
+        chunk.train(mode)
+    config: Any = chunks[0].config
+    if found:
+        logits = torch.cat([part[..., :vocab_size] for part in found]).contiguous()
+    else:
+        logits = torch.empty(rows, length, vocab_size, dtype=config.params_dtype, device=device)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(logits, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return logits
+
+
+def _forward_step(data: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    tokens = next(data)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return model(tokens, positions, None), _gathered
+
+
+def _gathered(logits: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
+    """[1, s, padded/t] -> [1, s, padded]."""
+    whole: torch.Tensor = gather_from_tensor_model_parallel_region(logits)
+    return whole
