@@ -1,9 +1,9 @@
 """What an adapter adds to the communication of a layer: nothing of the size of the hidden states, and little of the rank's.
 
 T tokens of the whole micro batch, r the rank of one projection. A fused linear's projections share one collective, whose width is
-the sum of their ranks: 3 r of linear_qkv and 2 r of linear_fc1, r with ``shared_A``; linear_proj and linear_fc2 have r. The budget of
-8 T r elements a layer, forward and backward together, is held against r, not against such a sum, and a collective counts with its
-whole tensor: the result of a gather, the input of a scatter, the tensor that is reduced.
+the sum of their ranks: 3 r of linear_qkv and 2 r of linear_fc1, r with ``shared_A``; linear_proj and linear_fc2 have r. The budget
+of 8 T r elements a layer, forward and backward together, is held against r, not against such a sum, and a collective counts with
+its whole tensor: the result of a gather, the input of a scatter, the tensor that is reduced.
 """
 
 from collections import Counter
