@@ -1,7 +1,7 @@
 """Time and memory of merging an adapter, against a plain copy of the base with fsync.
 
-The base is synthetic: Llama's tensors, bfloat16, in shards of 5 GB; the adapter targets every linear. Each step runs in a process of
-its own, so that its peak memory is its own. One table goes to stdout.
+The base is synthetic: Llama's tensors, bfloat16, in shards of 5 GB; the adapter targets every linear. Each step runs in a process
+of its own, so that its peak memory is its own. One table goes to stdout.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def make_base(folder: Path, shape: Shape) -> int:
         shards[-1].append((name, (rows, columns)))
         size += rows * columns * 2
         total += rows * columns * 2
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         entries = [(name, dims, torch.bfloat16) for name, dims in sorted(shard)]
@@ -93,7 +93,9 @@ def make_base(folder: Path, shape: Shape) -> int:
         weight_map |= {name: file for name, _ in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "tie_word_embeddings": False}), encoding="utf-8"
+    )
     return total
 
 
@@ -105,7 +107,9 @@ def make_adapter(folder: Path, shape: Shape, rank: int) -> None:
         entries += [(f"base_model.model.{name}.lora_A.weight", (rank, columns), torch.float32)]
         entries += [(f"base_model.model.{name}.lora_B.weight", (rows, rank), torch.float32)]
     entries.sort()
-    write_tensors(folder / "adapter_model.safetensors", entries, _values((dims for _, dims, _ in entries), torch.float32))
+    write_tensors(
+        folder / "adapter_model.safetensors", entries, _values((dims for _, dims, _ in entries), torch.float32)
+    )
     leaves = sorted({name.rpartition(".")[2] for name, _ in shape.linears()})
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": leaves}
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -139,7 +143,9 @@ def measure(work: Callable[..., None], *arguments: object) -> tuple[float, float
     return result
 
 
-def _measured(send: "multiprocessing.connection.Connection", work: Callable[..., None], arguments: Sequence[object]) -> None:
+def _measured(
+    send: "multiprocessing.connection.Connection", work: Callable[..., None], arguments: Sequence[object]
+) -> None:
     began = time.monotonic()
     work(*arguments)
     seconds = time.monotonic() - began
@@ -158,15 +164,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the base, default: %(default)s")
     parser.add_argument("--rank", type=int, default=64, help="of the adapter, default: %(default)s")
     parser.add_argument("--device", default="cpu", help="of the arithmetic, default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=2, help="times that each is measured; the best counts, default: %(default)s")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; needs room for twice the base; default: the system's")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="times that each is measured; the best counts, default: %(default)s"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="on the disk to measure; needs room for twice the base; default: the system's"
+    )
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
         base, adapter, output = (Path(work) / name for name in ("base", "adapter", "output"))
         shape = shape_of(arguments.gigabytes)
         size = make_base(base, shape)
         make_adapter(adapter, shape, arguments.rank)
-        print(f"base {size / 1e9:.1f} GB, {shape.layers} layers of {shape.hidden}; adapter of rank {arguments.rank}", flush=True)
+        print(
+            f"base {size / 1e9:.1f} GB, {shape.layers} layers of {shape.hidden}; adapter of rank {arguments.rank}",
+            flush=True,
+        )
         results: dict[str, list[tuple[float, float]]] = {"copy + fsync": [], "merge": []}
         for _ in range(arguments.rounds):
             results["copy + fsync"].append(measure(_copy, base, output))

@@ -70,6 +70,11 @@ class BaseModel:
         embedding, output = self.embeddings
         return embedding is not None and output not in self.where
 
+    def source(self, parameter: str) -> str:
+        """The parameter whose values a parameter has: the input embedding for an output layer that is tied to it, else itself."""
+        embedding, output = self.embeddings
+        return embedding if self.tied and parameter == output and embedding is not None else parameter
+
     def _check_kind(self) -> None:
         if self.config.get("quantization_config"):
             method = dict(self.config["quantization_config"]).get("quant_method")

@@ -7,7 +7,6 @@ rows and of one module's factors, whatever the size of a shard or of a tensor.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 
 from mlora.conversion.base import CONFIG_FILE, BaseModel
 from mlora.conversion.beside import write_beside
-from mlora.conversion.output import new_directory, sync
+from mlora.conversion.output import new_directory
 from mlora.conversion.plan import plan
 from mlora.conversion.shards import Progress, ShardWriter
 from mlora.conversion.state import AdapterState
@@ -72,13 +71,8 @@ def merge(
     sources = tuple(state.source for state, _ in adapters)
     with new_directory(output, replace=replace, marker=CONFIG_FILE, keep=(model.path, *sources)) as partial:
         writer = ShardWriter(model, todo, dtype, torch.device(device), progress)
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            synced = []
-            for name in model.files:
-                writer.write(name, partial / name)
-                synced.append(pool.submit(sync, partial / name))  # The disk works while the next shard is computed.
-            for done in synced:
-                done.result()
+        for name in model.files:
+            writer.write(name, partial / name)
         if not writer.changed:
             raise ValueError("the result equals the base: the adapters are zero in every module")
         write_beside(model, writer.layouts, dtype, todo.unties, partial)

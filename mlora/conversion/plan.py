@@ -1,12 +1,12 @@
 """Which parameters of a base a merge changes, and by what: decided and checked before anything is written."""
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from mlora.conversion.base import BaseModel
+from mlora.conversion.coverage import misfits
 from mlora.conversion.delta import Term
 from mlora.conversion.safetensors_file import FLOATS
 from mlora.conversion.state import AdapterModule, AdapterState, LazyTensor
@@ -67,6 +67,8 @@ def plan(base: BaseModel, adapters: Sequence[tuple[AdapterState, float]]) -> Pla
     """
     parts: dict[str, _Parts] = {}
     for state, weight in ((_without_copies(base, state), weight) for state, weight in adapters):
+        for problem in misfits(state, base):
+            raise ValueError(problem)
         _check_can_be_summed(state, weight, len(adapters))
         for module in state.modules:
             entry = parts.setdefault(f"{module.name}.weight", _Parts())
@@ -94,9 +96,7 @@ def _without_copies(base: BaseModel, state: AdapterState) -> AdapterState:
 def _brings_copy(base: BaseModel, module: AdapterModule) -> bool:
     if module.base_weight is None:
         return False
-    parameter = f"{module.name}.weight"
-    if parameter not in base.where and base.tied and base.embeddings[0]:
-        parameter = base.embeddings[0]
+    parameter = base.source(f"{module.name}.weight")
     if parameter not in base.where or base.shape(parameter) != module.base_weight.shape:
         return False
     own = base.file(parameter).read(parameter)
@@ -115,73 +115,51 @@ def _check_can_be_summed(state: AdapterState, weight: float, count: int) -> None
         raise ValueError(f"{state.source} brings {name} as a whole: it can only be merged alone and with weight 1")
 
 
-def _with_ties(base: BaseModel, parts: Mapping[str, _Parts], trained_as_one: bool) -> Plan:
-    """Input and output embeddings that share a weight share it in the result only if the adapter says so."""
+def _with_ties(base: BaseModel, parts: dict[str, _Parts], trained_as_one: bool) -> Plan:
+    """Input and output embeddings that share a weight go on sharing it if they change alike, or were trained as one."""
     embedding, output = base.embeddings
-    sources = {parameter: parameter for parameter in parts}
-    unties = base.tied and embedding is not None and not trained_as_one and bool({embedding, output} & parts.keys())
-    parts = dict(parts)
+    unties = False
     if base.tied and embedding is not None and {embedding, output} & parts.keys():
-        if trained_as_one:
-            _check_trained_as_one(parts.get(embedding), parts.get(output), output)
-            parts[embedding] = parts.pop(output) if embedding not in parts else parts[embedding]
-            parts.pop(output, None)
-            if output in base.where:  # Some writers save the shared weight under both names.
-                parts[output] = parts[embedding]
-        else:
-            parts.setdefault(output, _Parts())
-        sources |= {embedding: embedding, output: embedding}
+        inner, outer = parts.pop(embedding, None), parts.pop(output, None)
+        alike = inner is not None and outer is not None and _alike(inner, outer)
+        if trained_as_one and inner and outer and not alike:
+            raise ValueError(f"the adapter says ensure_weight_tying, but its {output} differs from its input embedding")
+        unties = not (alike or trained_as_one)
+        if inner or not unties:
+            parts[embedding] = inner or outer or _Parts()
+        if unties:
+            parts[output] = outer or _Parts()
+        elif output in base.where:  # Some writers save the shared weight under both names.
+            parts[output] = parts[embedding]
     changes = {}
     for parameter, entry in parts.items():
-        changes[parameter] = Change(sources[parameter], parameter.rpartition(".")[0], tuple(entry.terms), entry.start)
-        _check_fits(base, parameter, changes[parameter])
+        source = base.source(parameter)
+        _check_readable(base, source)
+        changes[parameter] = Change(source, parameter.rpartition(".")[0], tuple(entry.terms), entry.start)
     return Plan(changes, unties)
 
 
-def _check_trained_as_one(inner: _Parts | None, outer: _Parts | None, output: str) -> None:
-    if inner is None or outer is None:
-        return
-    if inner.start is not None and outer.start is not None:
-        same = torch.equal(inner.start.load(), outer.start.load())
-    else:
-        same = len(inner.terms) == len(outer.terms) and all(
-            map(_same_change, (term.module for term in inner.terms), (term.module for term in outer.terms))
-        )
-    if not same:
-        raise ValueError(f"the adapter says ensure_weight_tying, but its {output} differs from its input embedding")
+def _alike(inner: _Parts, outer: _Parts) -> bool:
+    if (inner.start is None) != (outer.start is None) or len(inner.terms) != len(outer.terms):
+        return False
+    if inner.start is not None and outer.start is not None and not torch.equal(inner.start.load(), outer.start.load()):
+        return False
+    return all(
+        one.weight == other.weight and _same_change(one.module, other.module)
+        for one, other in zip(inner.terms, outer.terms, strict=True)
+    )
 
 
 def _same_change(inner: AdapterModule, outer: AdapterModule) -> bool:
     first, second = inner.load(), outer.load()
+    if first.magnitude is not None or second.magnitude is not None or inner.scaling != outer.scaling:
+        return False
     if inner.embedding != outer.embedding:
         second = replace(second, A=second.B.T, B=second.A.T)
-    return inner.scaling == outer.scaling and torch.equal(first.A, second.A) and torch.equal(first.B, second.B)
+    return torch.equal(first.A, second.A) and torch.equal(first.B, second.B)
 
 
-def _check_fits(base: BaseModel, parameter: str, change: Change) -> None:
-    if change.source not in base.where:
-        raise ValueError(f"{base.path} has no {change.source}: {_nearest(base, change.source)}")
-    shape = base.shape(change.source)
-    dtype = base.file(change.source).entries[change.source].dtype
-    if base.file(change.source).dtype(change.source) not in FLOATS:
-        raise ValueError(
-            f"{base.path}: {change.source} is {dtype}: the base is quantised; merge into the original weights"
-        )
-    if change.start is not None and change.start.shape != shape:
-        raise ValueError(
-            f"{change.start.file}: {change.start.key} has shape {list(change.start.shape)}, and {change.source} of {base.path} "
-            f"{list(shape)}: another base, or one with another vocabulary"
-        )
-    for term in change.terms:
-        if term.module.weight_shape != shape:
-            raise ValueError(
-                f"{term.module.A.file}: {term.module.name} is for a weight of shape {list(term.module.weight_shape)}, and "
-                f"{change.source} of {base.path} has {list(shape)}: another base"
-            )
-
-
-def _nearest(base: BaseModel, parameter: str) -> str:
-    tail = "." + ".".join(parameter.split(".")[-4:])
-    ending = [key for key in base.where if key.endswith(tail)]
-    near = ending or difflib.get_close_matches(parameter, list(base.where), n=1, cutoff=0.3)
-    return f"the nearest is {near[0]}" if near else f"it has {len(base.where)} parameters, none of a like name"
+def _check_readable(base: BaseModel, source: str) -> None:
+    if base.file(source).dtype(source) not in FLOATS:
+        dtype = base.file(source).entries[source].dtype
+        raise ValueError(f"{base.path}: {source} is {dtype}: the base is quantised; merge into the original weights")

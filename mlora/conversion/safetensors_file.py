@@ -7,7 +7,8 @@ Tensors are read with plain reads, by rows where wanted. Pages of a mapped file 
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
@@ -145,17 +146,22 @@ class SafetensorsFile:
         for first in range(0, entry.shape[0], count):
             yield first, self.read(key, first, min(count, entry.shape[0] - first), buffer)
 
-    def pieces(self, key: str, buffer: torch.Tensor | None = None) -> Iterator[memoryview]:
-        """The bytes of a tensor, whatever its dtype, in pieces of at most the buffer's size (16 MiB)."""
-        entry = self.entries[key]
-        buffer = torch.empty(min(entry.nbytes, 1 << 24), dtype=torch.uint8) if buffer is None else buffer
-        whole = memoryview(buffer.numpy().data)
+    @contextmanager
+    def bytes_of(self, key: str) -> Iterator[Callable[[torch.Tensor], None]]:
+        """A function that fills a byte tensor with the next bytes of a tensor, whatever its dtype."""
         with self.path.open("rb", buffering=0) as file:
-            file.seek(entry.begin)
-            for at in range(0, entry.nbytes, max(len(whole), 1)):
-                piece = whole[: min(len(whole), entry.nbytes - at)]
-                self._fill(file, piece, key)
+            file.seek(self.entries[key].begin)
+            yield lambda buffer: self._fill(file, memoryview(buffer.numpy().data), key)
+
+    def pieces(self, key: str) -> Iterator[torch.Tensor]:
+        """The bytes of a tensor, whatever its dtype, in pieces of 1 MiB that share their memory."""
+        left, buffer = self.entries[key].nbytes, torch.empty(1 << 20, dtype=torch.uint8)
+        with self.bytes_of(key) as fill:
+            while left:
+                piece = buffer[: min(left, len(buffer))]
+                fill(piece)
                 yield piece
+                left -= len(piece)
 
     def _fill(self, file: FileIO, view: memoryview, key: str) -> None:
         at = 0

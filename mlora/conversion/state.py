@@ -157,6 +157,11 @@ class AdapterState:
     ties_embeddings: bool = False
 
     @property
+    def tensors(self) -> tuple[LazyTensor, ...]:
+        """Every tensor."""
+        return (*(tensor for module in self.modules for tensor in module.tensors), *self.full.values())
+
+    @property
     def by_name(self) -> dict[str, AdapterModule]:
         """The modules by their names."""
         return {module.name: module for module in self.modules}
