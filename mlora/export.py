@@ -6,8 +6,6 @@ and SGLang. Ranks that differ are padded with zeros, and a scaling that differs 
 
 import json
 import math
-import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from safetensors import safe_open
 
 from mlora.adapter import SHARED
 from mlora.checkpoint import INFO_FILE, PREFIX, read_info
-from mlora.folder import sync
+from mlora.conversion.output import new_directory
 from mlora.tensor_file import write_tensors
 from parallel.storage import Reader, naming
 
@@ -65,21 +63,14 @@ class PeftTensor:
         """
         if self.factor != 1.0:
             matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32)) * self.factor
-        result = torch.zeros(self.shape, dtype=self.dtype)
-        result[: matrix.shape[0], : matrix.shape[1]].copy_(matrix)
+        if matrix.shape == self.shape:
+            result = matrix.to(self.dtype)
+        else:
+            result = torch.zeros(self.shape, dtype=self.dtype)
+            result[: matrix.shape[0], : matrix.shape[1]].copy_(matrix)
         if not torch.isfinite(result).all():
             raise ValueError(f"{self.name} is not finite")
         return result
-
-
-def read_native(checkpoint: str | Path) -> dict[str, torch.Tensor]:
-    """The whole adapter matrices of a native checkpoint, by ``<module>.<projection>.lora_A`` and ``lora_B``.
-
-    Raises:
-        ValueError: a file is missing or damaged; it is named.
-    """
-    with Reader(checkpoint) as reader:
-        return {key.removeprefix(PREFIX): reader.tensor(key) for key in reader.tensors(PREFIX)}
 
 
 def peft_tensors(
@@ -125,35 +116,29 @@ def export_peft(
         checkpoint: a native checkpoint of any layout.
         output: the directory to make.
         dtype: of the tensors; None as in :func:`peft_tensors`.
-        replace: replace an ``output`` that exists.
+        replace: replace an ``output`` that is a PEFT directory.
 
     Returns:
         The ``adapter_config.json`` that was written.
 
     Raises:
-        FileExistsError: ``output`` exists and ``replace`` is false.
+        FileExistsError: ``output`` exists, and ``replace`` is false or it is something else.
         FileNotFoundError: ``checkpoint`` is none of mlora's.
+        OSError: it cannot be written.
         ValueError: the checkpoint is not whole, or what was written does not read back key for key.
     """
-    output = Path(output)
-    if output.exists() and not replace:
-        raise FileExistsError(f"{output} exists already")
+    checkpoint = Path(checkpoint)
     info = read_info(checkpoint)
-    projections = _projections(info, Path(checkpoint) / INFO_FILE)
-    partial = output.with_name(output.name + ".partial")
-    with Reader(checkpoint) as reader:
+    projections = _projections(info, checkpoint / INFO_FILE)
+    with (
+        Reader(checkpoint) as reader,
+        new_directory(output, replace=replace, marker=CONFIG_FILE, keep=(checkpoint,)) as folder,
+        naming(folder),
+    ):
         shapes = {key.removeprefix(PREFIX): value for key, value in reader.tensors(PREFIX).items()}
         tensors, rank, alpha = peft_tensors(shapes, projections, dtype=dtype)
         config = _peft_config(info, projections, rank, alpha)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            with naming(partial):
-                _write(partial, reader, tensors, config)
-            _put_in_place(partial, output)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        _write(folder, reader, tensors, config)
     return config
 
 
@@ -231,8 +216,6 @@ def _write(folder: Path, reader: Reader, tensors: Sequence[PeftTensor], config: 
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     _check_written(folder / WEIGHTS_FILE, tensors)
-    for path in (*folder.iterdir(), folder):
-        sync(path)
 
 
 def _check_written(path: Path, tensors: Sequence[PeftTensor]) -> None:
@@ -242,13 +225,3 @@ def _check_written(path: Path, tensors: Sequence[PeftTensor]) -> None:
     for key in sorted(expected.keys() | written.keys()):
         if expected.get(key) != written.get(key):
             raise ValueError(f"{path}: {key} has shape {written.get(key)}, exported {expected.get(key)}")
-
-
-def _put_in_place(partial: Path, output: Path) -> None:
-    old = output.with_name(output.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        os.rename(output, old)
-    os.rename(partial, output)
-    sync(output.parent)
-    shutil.rmtree(old, ignore_errors=True)

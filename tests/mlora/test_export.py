@@ -283,6 +283,9 @@ def test_another_dtype_and_a_folder_that_exists(exported: dict[str, Exported], t
     export_peft(native, output, replace=True)
     assert (output / WEIGHTS_FILE).read_bytes() == (exported["llama"].peft / WEIGHTS_FILE).read_bytes()
     assert not (output / "extra").exists()
+    (output / CONFIG_FILE).unlink()
+    with pytest.raises(FileExistsError, match="something else"):
+        export_peft(native, output, replace=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -302,18 +305,15 @@ def test_an_export_that_fails_leaves_what_was_there(
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))  # bytes; the file is longer
     try:
-        with pytest.raises(OSError, match=r"File too large: '.*out\.partial"):
+        with pytest.raises(OSError, match=r"File too large: '.*out\.\d+\.partial"):
             export_peft(exported["llama"].native, output, replace=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     check()
-    for owner, name in [(export, "write_tensors"), (export, "_check_written"), (export, "sync"), (os, "rename")]:
+    for owner, name in [(export, "write_tensors"), (export, "_check_written"), (os, "fsync"), (os, "rename")]:
         with patch.object(owner, name, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
             export_peft(exported["llama"].native, output, replace=True)
         check()
-    # What a killed export has left is no hindrance.
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / WEIGHTS_FILE).write_bytes(b"half")
     export_peft(exported["llama"].native, output, replace=True)
     assert (output / WEIGHTS_FILE).read_bytes() == (exported["llama"].peft / WEIGHTS_FILE).read_bytes()
 
