@@ -1,0 +1,107 @@
+"""Training at every layout against Hugging Face PEFT in one process: every loss, norm, rate, gradient, weight and logit."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlora import LoraConfig
+from mlora.checkpoint import save_checkpoint
+from mlora.export import export_peft
+from tests.peft_oracle import exported_logits, train_with_peft
+from tests.ranks import run_ranks
+from tests.tiny import write_model
+from tests.training import LAYOUTS, Case, Layout, Run, Share, adapt, failures, join, train, train_all
+
+# B is not zero at the start, so that every factor gets a gradient from the first step on. 5 does not divide by 2.
+LORA = {"r": 5, "lora_alpha": 10, "init_lora_weights": False}
+CASES = {
+    "llama": Case(lora=LoraConfig(**LORA), steps=10),
+    "qwen2": Case(kind="qwen2", lora=LoraConfig(**LORA), steps=10),
+    "qwen3": Case(kind="qwen3", lora=LoraConfig(**LORA), steps=10),
+    "mistral": Case(kind="mistral", lora=LoraConfig(**LORA), steps=10),
+    # Rows of several samples, of which PEFT sees each alone; the rope's scaling depends on no absolute place either.
+    "packed": Case(kind="llama3.1", lora=LoraConfig(**LORA), packed=True),
+    "dropout": Case(kind="qwen2-tied", lora=LoraConfig(**LORA, lora_dropout=0.2, seed=3)),
+}
+EXPORTED = "qwen3"
+Shares = Callable[[str], tuple[list[dict[str, Share]], Path]]
+
+
+def train_and_save(
+    rank: int, models: dict[str, Path], cases: dict[str, Case], layout: Layout, folder: Path
+) -> dict[str, Share]:
+    """Train every case, and save one adapter at the end."""
+    shares = train_all(rank, models, {name: case for name, case in cases.items() if name != EXPORTED}, layout)
+    chunks = adapt(models[EXPORTED], cases[EXPORTED], layout.sizes)
+    shares[EXPORTED] = train(chunks, cases[EXPORTED], layout)
+    save_checkpoint(folder, chunks, iteration=10, base={"path": str(models[EXPORTED])})
+    return shares
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: write_model(folder / kind, kind) for kind in {case.kind for case in CASES.values()}}
+
+
+@pytest.fixture(scope="module")
+def shares(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Shares:
+    """Name of a layout -> every rank's share of every case, and the checkpoints' folder. Each layout runs once."""
+    made: dict[str, tuple[list[dict[str, Share]], Path]] = {}
+
+    def run(name: str) -> tuple[list[dict[str, Share]], Path]:
+        if name not in made:
+            layout, folder = LAYOUTS[name], tmp_path_factory.mktemp("checkpoints")
+            ranks = run_ranks(layout.world, train_and_save, models, CASES, layout, folder, sizes=layout.sizes)
+            made[name] = ranks, folder
+        return made[name]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def references(models: dict[str, Path], shares: Shares) -> dict[str, Run]:
+    """Every case in PEFT, from the weights that we start from in one process."""
+    (ours,), _ = shares("TP1")
+    return {name: train_with_peft(models[case.kind], case, join([ours[name]]).initial) for name, case in CASES.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_is_pefts(shares: Shares, references: dict[str, Run], layout: str, case: str) -> None:
+    ours = join([share[case] for share in shares(layout)[0]])
+    assert not failures(ours, references[case])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_optimizer_holds_the_adapter_and_nothing_else(
+    shares: Shares, references: dict[str, Run], layout: str
+) -> None:
+    """Each element once in a data-parallel group; on one rank, as many as PEFT trains."""
+    sizes, world = LAYOUTS[layout].sizes, LAYOUTS[layout].world
+    copies = world // (sizes.tensor * sizes.pipeline)
+    for case in CASES:
+        ranks = [share[case] for share in shares(layout)[0]]
+        held = sum(piece.numel() for share in ranks for _, _, piece in share.final.values())
+        assert sum(share.optimizer_elements for share in ranks) * copies == held
+        if sizes.tensor == 1:
+            assert held == copies * sum(matrix.numel() for matrix in references[case].final.values())
+
+
+@pytest.mark.parametrize("layout", ["TP2xPP2+SP", "PP2xVPP2", "TP2xDP2"])
+def test_the_exported_adapter_gives_our_logits(
+    models: dict[str, Path],
+    shares: Shares,
+    tmp_path: Path,
+    layout: str,
+) -> None:
+    ranks, folder = shares(layout)
+    export_peft(folder / "iter_0000010", tmp_path / "peft")
+    logits = exported_logits(models[EXPORTED], tmp_path / "peft")
+    for share in ranks:
+        ours = share[EXPORTED].logits_after
+        assert (ours - logits).abs().max() < 1e-5 * logits.abs().max()
+        assert (ours - share[EXPORTED].logits_before).abs().max() > 0.1
+        assert torch.equal(ours, ranks[0][EXPORTED].logits_after)
