@@ -17,7 +17,7 @@ from mlora_tools.options import UsageError
 
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _OURS = ("mlora", "mlora_tools", "parallel", "__main__")
-_CHECKS = ("megatron.core.transformer.transformer_config",)  # Megatron's checks of what the options say.
+_CHECKS = ("megatron.core.transformer.transformer_config",)  # Megatron's own of what the options say.
 
 
 @dataclass
@@ -43,9 +43,7 @@ def one_line_errors(rank: int) -> Iterator[Outcome]:
 
 
 def _report(error: Exception, rank: int) -> None:
-    expected = _is_expected(error)
-    line = " ".join([*str(error).split(), *(note for note in _notes(error) if note != "(on rank 0)")])
-    text = line if expected else "".join(traceback.format_exception(error)).rstrip()
+    text = _line(error) or "".join(traceback.format_exception(error)).rstrip()
     under_torchrun = _ERROR_FILE in os.environ
     if under_torchrun:
         _leave_words(os.environ[_ERROR_FILE], text)
@@ -53,25 +51,32 @@ def _report(error: Exception, rank: int) -> None:
         print(("" if rank == 0 else f"rank {rank}: ") + f"error: {text}", file=sys.stderr, flush=True)
 
 
+def _line(error: Exception) -> str | None:
+    """The message, if it is for the person at the command line; None for what should not happen."""
+    message = " ".join([*str(error).split(), *(note for note in _notes(error) if note != "(on rank 0)")])
+    if isinstance(error, OSError | FloatingPointError | UsageError) or type(error).__name__ == "OutOfMemoryError":
+        return message
+    module = _raised_in(error)
+    if isinstance(error, ValueError) and module.partition(".")[0] in _OURS:
+        return message
+    if isinstance(error, ValueError | AssertionError | RuntimeError) and module in _CHECKS:
+        return message
+    if isinstance(error, RuntimeError) and module.startswith("torch.distributed"):
+        return f"another rank has ended or cannot be reached; checkpoints that are complete stay usable ({message})"
+    return None
+
+
 def _notes(error: Exception) -> list[str]:
     """``parallel.together`` notes which rank an error comes from; such an error is raised on every rank."""
     return list(getattr(error, "__notes__", ()))
 
 
-def _is_expected(error: Exception) -> bool:
-    """Whether the message is for the person at the command line: we, or the operating system, raised it on purpose."""
-    if isinstance(error, OSError | FloatingPointError | UsageError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, ValueError | AssertionError | RuntimeError) and _raised_in(
-        error, isinstance(error, ValueError)
-    )
-
-
-def _raised_in(error: Exception, is_value: bool) -> bool:
+def _raised_in(error: Exception) -> str:
+    """The module whose code raised it."""
     module = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         module = str(frame.f_globals.get("__name__", ""))
-    return module in _CHECKS or (is_value and module.partition(".")[0] in _OURS)
+    return module
 
 
 def _leave_words(path: str, text: str) -> None:

@@ -103,6 +103,8 @@ class Ranks:
             port = free.getsockname()[1]
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank{rank}.log" for rank in range(size)]
+        for log in self.logs:
+            log.write_text("")
         words = [str(word) for word in argv]
         self.processes = [
             context.Process(target=_work, args=(rank, size, port, words, self.logs[rank], before))

@@ -53,7 +53,7 @@ def test_changed_settings_are_named(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="--data was given"):
         output.check_same({**before, "--data": None})
-    with pytest.raises(ValueError, match="--lr was 0.0001, is null"):
+    with pytest.raises(ValueError, match=r"--lr was 0\.0001, is null"):
         output.check_same({name: value for name, value in before.items() if name != "--lr"})
 
 
