@@ -47,8 +47,8 @@ LAYOUTS = {
     "TP2": Layout(2, ParallelSizes(tensor=2), 8),
     "TP2+SP": Layout(2, ParallelSizes(tensor=2, sequence_parallel=True), 4),
     "PP2": Layout(2, ParallelSizes(pipeline=2), 2),
-    "PP2xVPP2": Layout(2, ParallelSizes(pipeline=2, virtual_pipeline=2), 4),
-    "TP2xPP2+SP": Layout(4, ParallelSizes(tensor=2, pipeline=2, sequence_parallel=True), 4),
+    "PP2xVPP2": Layout(2, ParallelSizes(pipeline=2, virtual_pipeline=2), 2),
+    "TP2xPP2+SP": Layout(4, ParallelSizes(tensor=2, pipeline=2, sequence_parallel=True), 2),
     "DP2": Layout(2, ParallelSizes(), 1),
     "TP2xDP2": Layout(4, ParallelSizes(tensor=2), 2),
 }
