@@ -96,15 +96,11 @@ class Dropout:
         position = torch.arange(first_token, first_token + tokens, device=device)[:, None, None]
         row = torch.arange(self.first_row, self.first_row + rows, device=device)[:, None]
         feature = torch.arange(first_feature, first_feature + features, device=device)
-        token_hash = _hash(_int32((row * self.length + position) ^ (self.key & _MASK32)))
-        feature_hash = _hash(_int32(feature ^ (self.key >> 32)))
+        # Conversion keeps the low 32 bits; torch has no arithmetic on unsigned 32-bit integers.
+        token_hash = _hash(((row * self.length + position) ^ (self.key & _MASK32)).to(torch.int32))
+        feature_hash = _hash((feature ^ (self.key >> 32)).to(torch.int32))
         # torch compares int32 as signed: turning the sign bit of both sides makes that the unsigned order.
         return _hash(token_hash ^ feature_hash).bitwise_xor_(-_SIGN) >= int(self.probability * 2**32) - _SIGN
-
-
-def _int32(x: torch.Tensor) -> torch.Tensor:
-    """The low 32 bits of int64 ``x``; torch has no arithmetic on unsigned 32-bit integers."""
-    return ((x + _SIGN & _MASK32) - _SIGN).to(torch.int32)
 
 
 def _hash(x: torch.Tensor) -> torch.Tensor:

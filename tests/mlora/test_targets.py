@@ -65,6 +65,9 @@ pattern = st.one_of(
 @example("layers.1.x.layers.2.q", ["q"], None, [1], "layers")
 @example("model.layers.1.q", ["model.layers.1.q"], None, [0], None)
 @example("model.layers.1.q", ["q"], None, [], "layers")
+@example("model.layers.1.xq", ["q"], None, None, None)
+@example("model.layers.1.q", ["q"], ["xq", "layers.1"], None, None)
+@example("model.layers.1.experts.0.q", ["q"], None, [1], None)
 @FIXED
 def test_one_path_is_matched_as_by_peft(
     key: str, targets: Any, excluded: Any, wanted: Any, layers_pattern: Any
