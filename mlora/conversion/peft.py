@@ -214,7 +214,7 @@ def _module(
     if problem := _shape_problem(A, B, magnitude, slots.get("base_layer"), rank, embedding):
         report(f"{file}: {problem}")
         return None
-    if not config.targets(name):
+    if not (config.targets(name) or config.ties(name)):
         report(f"{file}: {A.key}: {CONFIG_FILE} does not target {name}, so PEFT would ignore it")
     if config.use_dora != (magnitude is not None):
         says = "says use_dora, but the file has no" if config.use_dora else "does not say use_dora, but the file has a"

@@ -161,6 +161,11 @@ class PeftConfig:
             return True  # A list's entry that spells the whole path is not filtered by layer.
         return layer_index(module, self.layers_pattern) in self.layers_to_transform
 
+    def ties(self, module: str) -> bool:
+        """Whether PEFT would give a module the term of the embedding that it is tied to, by ``ensure_weight_tying``."""
+        partners = ("model.embed_tokens", "lm_head")
+        return self.ensure_weight_tying and module.rpartition(".")[2] in EMBEDDINGS and any(map(self.targets, partners))
+
     def saves(self, module: str) -> bool:
         """Whether the module, or one that it lies in, is in ``modules_to_save``."""
         return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in self.modules_to_save)

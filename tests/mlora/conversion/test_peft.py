@@ -266,6 +266,7 @@ def test_what_peft_would_ignore_or_mlora_cannot_carry_is_named(
         ({"layers_to_transform": ["0"]}, "layers are whole numbers"),
         ({"layers_to_transform": [1]}, "does not target model.layers.0.self_attn.q_proj"),
         ({"exclude_modules": ["q_proj"]}, "does not target"),
+        ({"target_modules": ["q_proj"], "ensure_weight_tying": True}, f"does not target {DOWN}"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out = true"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"target_parameters": ["mlp.experts.down_proj"]}, "adapters on packed 3-D parameters"),
