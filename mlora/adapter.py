@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from mlora.config import LoraConfig
+from mlora.dropout import Dropout
 from mlora.initial import draw
 from mlora.targets import Target
 from parallel.layout import LinearLayout
@@ -41,6 +42,13 @@ class Factor:
     shape: tuple[int, int]
     offset: tuple[int, int]
     replicated: bool
+
+
+class _Factors(torch.nn.ParameterDict):
+    """Matrices by projection, which a state dict neither sets nor lacks: see :class:`AdapterBank`."""
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        pass
 
 
 class LinearAdapter(torch.nn.Module):
@@ -73,8 +81,8 @@ class LinearAdapter(torch.nn.Module):
         self.scaling = {part: config.scaling(by_part[part].rank, by_part[part].alpha) for part in self.parts}
         if config.shared_A and len(set(self.ranks.values())) > 1:
             raise ValueError(f"{layout.name}: shared_A needs one rank for all its projections, not {self.ranks}")
-        self.lora_A = torch.nn.ParameterDict()
-        self.lora_B = torch.nn.ParameterDict()
+        self.lora_A = _Factors()
+        self.lora_B = _Factors()
         for part in [SHARED] if config.shared_A else self.parts:
             self.lora_A[part] = self._new_A(part, base.device)
         for part in self.parts:
@@ -124,6 +132,12 @@ class LinearAdapter(torch.nn.Module):
         index: torch.Tensor = getattr(self, f"_index_{part}")
         return index
 
+    def dropout(self, length: int) -> Dropout | None:
+        """The mask of the current micro batch's input, of sequences of ``length`` tokens; None outside of training."""
+        if not self.training or self.config.lora_dropout == 0:
+            return None
+        return Dropout.of(self.config.lora_dropout, self.config.seed, self.layout.name, length)
+
     def fused(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(A, B) of the whole fused linear on this rank: [R, in_l] with the scaling in it, and [out_l, R] with zeros between parts.
 
@@ -143,7 +157,8 @@ class LinearAdapter(torch.nn.Module):
         rows = sum(segment.length for segment in self.layout.segments)
         if len(self.layout.parts) == 1:
             part = self.parts[0]
-            return self.lora_B[part] if places[part][1] == 1.0 else self.lora_B[part] * places[part][1]
+            only: torch.Tensor = self.lora_B[part]
+            return only if places[part][1] == 1.0 else only * places[part][1]
         width = max(start + self.ranks[part] for part, (start, _) in places.items())
         device = next(iter(self.lora_A.values())).device
         B = torch.zeros(rows, width, dtype=self.dtype, device=device)
@@ -171,7 +186,7 @@ class LinearAdapter(torch.nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class AdapterBank(torch.nn.Module):
@@ -184,6 +199,7 @@ class AdapterBank(torch.nn.Module):
         adapters: by name.
         active: the name of the adapter that forward adds; None for none.
         merged: the name of the adapter that is in the base weight now; None for none.
+        packed: the fused way's buffers (:mod:`mlora.packed`); None on the other ways.
     """
 
     def __init__(self, layout: LinearLayout) -> None:
@@ -193,10 +209,11 @@ class AdapterBank(torch.nn.Module):
         self.active: str | None = None
         self.merged: str | None = None
         self.weight_before_merge: torch.Tensor | None = None
+        self.packed: Any = None
 
     def adapter(self, name: str) -> LinearAdapter | None:
         """The adapter ``name`` on this linear, if it targets it."""
-        found = self.adapters[name] if name in self.adapters else None
+        found = self.adapters[name] if name in self.adapters else None  # noqa: SIM401 (no ModuleDict.get in older torch)
         return found if isinstance(found, LinearAdapter) else None
 
     def current(self) -> LinearAdapter | None:

@@ -1,66 +1,38 @@
 """``apply``: freeze the base and hang adapters below its linears, without replacing a module or renaming a parameter."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.mlp import MLP
 
 from mlora.adapter import AdapterBank, Factor, LinearAdapter
 from mlora.config import LoraConfig
-from mlora.dropout import Dropout
 from mlora.families import Family
-from mlora.linear import Geometry, LoraLinear
+from mlora.local import LocalLora
 from mlora.names import hf_module_name
 from mlora.targets import Projection, Target, select
+from mlora.te import MlpLora, TeLora
 from parallel.layout import LinearLayout, read_layout
 from parallel.stages import as_chunks, named_modules, union_over_stages
+from parallel.together import together
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_ADAPTER = "default"
 
 
-class LoraMixin:
-    """Forward of an adapted linear; comes before Megatron's class in the instance's class."""
-
-    lora: AdapterBank
-    training: bool
-
-    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Megatron's seam: everything between the collectives around a linear."""
-        adapter = self.lora.current()
-        if adapter is None:
-            return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc,no-any-return]
-        bias, reduce_dx = kwargs.get("bias"), bool(kwargs.get("allreduce_dgrad"))
-        return LoraLinear.apply(input, weight, bias, *adapter.fused(), self._geometry(adapter, input, reduce_dx))  # type: ignore[no-any-return]
-
-    def _geometry(self, adapter: LinearAdapter, x: torch.Tensor, reduce_dx: bool) -> Geometry:
-        layout, config = adapter.layout, adapter.config
-        gathers = layout.sequence_parallel and layout.partition_dim == 0
-        dropout = None
-        if self.training and config.lora_dropout > 0:
-            length = x.shape[0] * (layout.group.size() if gathers else 1)
-            dropout = Dropout.of(config.lora_dropout, config.seed, layout.name, length)
-        return Geometry(
-            row_parallel=layout.partition_dim == 1,
-            sequence_parallel=layout.sequence_parallel,
-            group=layout.group,
-            reduce_dx=reduce_dx,
-            first_feature=layout.columns[0],
-            dropout=dropout,
-        )
-
-
 _adapted_classes: dict[type, type] = {}
 
 
-def _adapted_class(base: type) -> type:
-    """The subclass of a linear's class that adds the adapter; one for each class, so that ``isinstance`` stays true."""
+def _adapted_class(base: type, mixin: type) -> type:
+    """The subclass of a module's class that adds the adapter; one for each class, so that ``isinstance`` stays true."""
     if base not in _adapted_classes:
-        _adapted_classes[base] = type(f"Lora{base.__name__}", (LoraMixin, base), {"__module__": base.__module__})
+        _adapted_classes[base] = type(f"Lora{base.__name__}", (mixin, base), {"__module__": base.__module__})
     return _adapted_classes[base]
 
 
@@ -115,7 +87,10 @@ def apply(
 
     Raises:
         ValueError: the name is taken or no identifier; a target, pattern or layer matches nothing on any stage (the message
-            lists what exists); a linear is none of the family's; a targeted linear is of a kind that cannot be adapted.
+            lists what exists); a linear is none of the family's; a targeted linear is of a kind that cannot be adapted; the
+            model is in Megatron's DDP already.
+
+    Every error is raised on every rank alike, before anything in the model has changed.
     """
     if not adapter_name.isidentifier():
         raise ValueError(
@@ -127,15 +102,14 @@ def apply(
     existing = union_over_stages({name for bank in banks(chunks) for name in bank.adapters})
     if adapter_name in existing:
         raise ValueError(f"there is an adapter {adapter_name!r} already")
+    adapters = together(lambda: _make(chunks, linears, targets, config))
     if not existing:
         for chunk in chunks:
             chunk.requires_grad_(False)
-    by_module: dict[str, list[Target]] = {}
-    for target in targets:
-        by_module.setdefault(target.projection.module, []).append(target)
-    for name, chosen in by_module.items():
-        _attach(*linears[name], chosen, config, adapter_name, first=not existing)
+    for module, adapter in adapters:
+        _attach(module, adapter, adapter_name, first=not existing)
     for chunk in chunks:
+        _join_mlps(chunk)
         _let_gradients_reach_the_first_stage(chunk)
     _log_summary(chunks, adapter_name)
     return list(model)
@@ -160,26 +134,46 @@ def _projections(layouts: Sequence[LinearLayout], family: Family | None) -> list
     ]
 
 
-def _attach(
-    module: torch.nn.Module,
-    layout: LinearLayout,
-    targets: list[Target],
+def _make(
+    chunks: Sequence[torch.nn.Module],
+    linears: Mapping[str, tuple[torch.nn.Module, LinearLayout]],
+    targets: Sequence[Target],
     config: LoraConfig,
-    adapter_name: str,
-    first: bool,
-) -> None:
-    _check_supported(module, layout)
-    if not isinstance(module, LoraMixin):
-        module.add_module("lora", AdapterBank(layout))
-        module.__class__ = _adapted_class(type(module))
+) -> list[tuple[torch.nn.Module, LinearAdapter]]:
+    """The new adapters and the linears that they belong to; changes nothing."""
+    if any(hasattr(parameter, "main_grad") for chunk in chunks for parameter in chunk.parameters()):
+        raise ValueError(
+            "the model is in DDP already, whose gradient buffers would not hold the adapter: attach it before"
+        )
+    by_module: dict[str, list[Target]] = {}
+    for target in targets:
+        by_module.setdefault(target.projection.module, []).append(target)
+    made = []
+    for name, chosen in by_module.items():
+        module, layout = linears[name]
+        _check_supported(module, layout)
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        made.append((module, LinearAdapter(layout, chosen, config, weight)))
+    return made
+
+
+def _attach(module: torch.nn.Module, adapter: LinearAdapter, adapter_name: str, first: bool) -> None:
+    if not isinstance(module, LocalLora | TeLora):
+        module.add_module("lora", AdapterBank(adapter.layout))
+        module.__class__ = _adapted_class(type(module), LocalLora if _is_local(module) else TeLora)
     bank: AdapterBank = module.lora  # type: ignore[assignment]
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    adapter = LinearAdapter(layout, targets, config, weight)
     bank.adapters[adapter_name] = adapter.train(module.training)
     if first:
         bank.active = adapter_name
     else:
         adapter.requires_grad_(False)
+
+
+def _join_mlps(chunk: torch.nn.Module) -> None:
+    """Let an MLP of Transformer Engine's linears, both adapted, run as one."""
+    for module in chunk.modules():
+        if type(module) is MLP and isinstance(module.linear_fc1, TeLora) and isinstance(module.linear_fc2, TeLora):
+            module.__class__ = _adapted_class(MLP, MlpLora)
 
 
 def freeze_all_but(bank: AdapterBank, adapter_name: str) -> None:
@@ -188,11 +182,16 @@ def freeze_all_but(bank: AdapterBank, adapter_name: str) -> None:
         adapter.requires_grad_(name == adapter_name)
 
 
+def _is_local(module: torch.nn.Module) -> bool:
+    return isinstance(module, ColumnParallelLinear | RowParallelLinear)
+
+
 def _check_supported(module: torch.nn.Module, layout: LinearLayout) -> None:
-    if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
+    config: Any = module.config
+    if not _is_local(module) and getattr(config, "use_transformer_engine_op_fuser", False):
         raise ValueError(
-            f"{layout.name} is a {type(module).__name__}; adapters attach to ColumnParallelLinear and RowParallelLinear "
-            f"(Megatron's local spec) only"
+            f"{layout.name}: with use_transformer_engine_op_fuser the MLP never calls its linears, so an adapter on them would do "
+            f"nothing; switch it off"
         )
     if layout.expert:
         raise ValueError(f"{layout.name} is an expert's linear; experts cannot be adapted: add it to exclude_modules")
@@ -208,14 +207,13 @@ def _let_gradients_reach_the_first_stage(chunk: torch.nn.Module) -> None:
     With the base frozen, nothing in front of the first adapter requires a gradient. Recomputation then records no graph for a
     layer, and a stage without adapters has nothing to send a gradient back to. Both need hidden states that require grad.
     """
-    embedding = getattr(chunk, "embedding", None)
     config: Any = getattr(chunk, "config", None)
-    if embedding is None or config is None or getattr(chunk, "_mlora_embedding_hook", False):
+    if config is None or (config.recompute_granularity is None and config.pipeline_model_parallel_size == 1):
         return
-    if config.recompute_granularity is None and config.pipeline_model_parallel_size == 1:
-        return
-    embedding.register_forward_hook(_require_grad)
-    chunk._mlora_embedding_hook = True  # type: ignore[assignment]
+    for module in chunk.modules():
+        if isinstance(module, LanguageModelEmbedding) and not getattr(module, "_mlora_hook", False):
+            module.register_forward_hook(_require_grad)
+            module._mlora_hook = True
 
 
 def _require_grad(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:

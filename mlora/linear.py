@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from mlora.dropout import Dropout
 from parallel import collectives
+from parallel.layout import LinearLayout
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Geometry:
         reduce_dx: the base asks its implementation to sum the input gradient over the group.
         first_feature: of this rank's input features among all.
         dropout: of the input of A; None for none.
+        replicated: every rank of the group holds the whole of W.
     """
 
     row_parallel: bool
@@ -47,11 +49,25 @@ class Geometry:
     reduce_dx: bool
     first_feature: int
     dropout: Dropout | None
+    replicated: bool = False
+
+    @classmethod
+    def of(cls, layout: LinearLayout, dropout: Dropout | None, reduce_dx: bool = True) -> "Geometry":
+        """What a linear's record says."""
+        return cls(
+            row_parallel=layout.partition_dim == 1,
+            sequence_parallel=layout.sequence_parallel,
+            group=layout.group,
+            reduce_dx=reduce_dx,
+            first_feature=layout.columns[0],
+            dropout=dropout,
+            replicated=layout.partition_dim is None,
+        )
 
     @property
     def gathers(self) -> bool:
         """The input is this rank's piece of the sequence and the linear works on the whole of it."""
-        return self.sequence_parallel and not self.row_parallel
+        return self.sequence_parallel and not self.row_parallel and not self.replicated
 
     def first_token(self, tokens: int) -> int:
         """Of an input of ``tokens`` tokens on this rank: the number of the first one in the whole sequence."""

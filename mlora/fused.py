@@ -1,0 +1,199 @@
+"""The adapted linear at nearly the cost of the frozen one: the low-rank columns ride in the base's own GEMMs and collectives.
+
+With P = [W | B] (:mod:`mlora.packed`), v the input or its RMS norm, t ranks and the sums over ranks in the base's own collectives:
+
+    forward    [v | s] = project(x),  y = [v | s] Pᵀ
+    backward   [g | d] = dy P,  dx from g + d A,  dA = dᵀ v,  dB = dyᵀ s
+
+| base | what is communicated, p columns wider than the frozen base's |
+|---|---|
+| column-parallel | all-reduce of [g \\| d]; with sequence parallelism all-gather of [v \\| s] and reduce-scatter of [g \\| d] |
+| row-parallel | y and dy alone; without sequence parallelism also an all-reduce of s (T·p) in backward, for dB |
+
+Gradients mean the same as in :mod:`mlora.linear`. :class:`FusedMlp` joins a gated MLP's two linears over SwiGLU, whose backward
+then does three of the six low-rank products.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mlora.kernels.inputs import add_low_rank, norm_gradient, norm_products
+from mlora.kernels.mask import Mask
+from mlora.kernels.products import token_product
+from mlora.kernels.project import COPY, RMSNORM, SWIGLU, project
+from mlora.kernels.swiglu import swiglu_backward
+from mlora.linear import Geometry
+from mlora.packed import Packed
+from parallel import collectives
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The RMS norm in front of a linear: weight [in] (frozen) and epsilon."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+class FusedLinear(torch.autograd.Function):
+    """``y = norm(x) Wᵀ + bias + dropout(norm(x)) Aᵀ Bᵀ``; see the module's text."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        norm: Norm | None,
+        bias: torch.Tensor | None,
+        packed: Packed,
+        geometry: Geometry,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        """x [s, b, in_l] ([s/t, b, in] if the base gathers) -> y in the base's layout.
+
+        ``parameters`` are those of ``packed``, in its order; without them the adapter is off.
+        """
+        mask = _mask(geometry, x)
+        flat = x.flatten(0, 1)
+        lora_A = packed.lora_A if parameters else packed.zero_A
+        operand, low, rstd = _project(flat, lora_A, packed.tail, norm, mask)
+        if geometry.gathers:
+            operand = collectives.all_gather(operand, geometry.group)
+            low = operand[:, -packed.tail :].contiguous()
+        y = _product(operand, packed.weight, bias if not geometry.row_parallel else None)
+        y = _after_forward(y, geometry)
+        if geometry.row_parallel and bias is not None:
+            y += bias
+        ctx.save_for_backward(flat, rstd, low, lora_A)
+        ctx.norm, ctx.packed, ctx.geometry, ctx.mask, ctx.shape = norm, packed, geometry, mask, x.shape
+        ctx.active = bool(parameters)
+        return y.view(-1, x.shape[1], y.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """dy in y's layout -> the gradients of x and of the parameters."""
+        x, rstd, low, lora_A = ctx.saved_tensors
+        packed: Packed = ctx.packed
+        geometry: Geometry = ctx.geometry
+        dy = _before_backward(dy.flatten(0, 1), geometry)
+        g = _sum_over_ranks(dy @ packed.weight, geometry)
+        dx, dA = _input_and_A(g, x, rstd, low, lora_A, ctx)
+        if not ctx.active:
+            return dx, None, None, None, None
+        dB = token_product(_low_for_dB(low, geometry), dy, packed.ranks)
+        return dx, None, None, None, None, *packed.gradients(dA, dB)
+
+
+class FusedMlp(torch.autograd.Function):
+    """A gated MLP, ``fc2(silu(gate) · up)`` with [gate, up] = fc1(norm(x)), both linears adapted and without bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        norm: Norm | None,
+        packed: tuple[Packed, Packed],
+        geometries: tuple[Geometry, Geometry],
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        """x [s, b, h] ([s/t, b, h] with sequence parallelism) -> y [s, b, h] likewise; ``parameters`` of fc1, then of fc2."""
+        (first, second), (one, two) = packed, geometries
+        flat = x.flatten(0, 1)
+        mask1 = _mask(one, x)
+        operand, low1, rstd = _project(flat, first.lora_A, first.tail, norm, mask1)
+        if one.gathers:
+            operand = collectives.all_gather(operand, one.group)
+            low1 = operand[:, -first.tail :].contiguous()
+        between = _product(operand, first.weight, None)
+        mask2 = _mask(two, between.view(-1, x.shape[1], between.shape[1]))
+        operand, low2, _ = project(between, second.lora_A, second.tail, kind=SWIGLU, mask=mask2)
+        y = _after_forward(_product(operand, second.weight, None), two)
+        ctx.save_for_backward(flat, rstd, low1, between, low2)
+        ctx.norm, ctx.packed, ctx.geometries, ctx.geometry = norm, packed, geometries, one
+        ctx.mask, ctx.mask2, ctx.shape = mask1, mask2, x.shape
+        return y.view(-1, x.shape[1], y.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """dy in y's layout -> the gradients of x and of the parameters."""
+        x, rstd, low1, between, low2 = ctx.saved_tensors
+        (first, second), (one, two) = ctx.packed, ctx.geometries
+        dy = _before_backward(dy.flatten(0, 1), two)
+        g = dy @ second.weight
+        dB2 = token_product(_low_for_dB(low2, two), dy, second.ranks)
+        between, dA2, dB1, correlation = swiglu_backward(g, between, second.lora_A, low1, first.ranks, ctx.mask2)
+        g = _sum_over_ranks(between @ first.weight, one)
+        correlation = _sum_over_ranks(correlation, one)
+        dx, dA1 = _input_and_A(g, x, rstd, low1, first.lora_A, ctx, correlation)
+        return dx, None, None, None, *first.gradients(dA1, dB1), *second.gradients(dA2, dB2)
+
+
+def _mask(geometry: Geometry, x: torch.Tensor) -> Mask | None:
+    if geometry.dropout is None:
+        return None
+    return Mask.of(geometry.dropout, x.shape[1], geometry.first_token(x.shape[0]), geometry.first_feature)
+
+
+def _project(
+    x: torch.Tensor, lora_A: torch.Tensor, tail: int, norm: Norm | None, mask: Mask | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if norm is None:
+        return project(x, lora_A, tail, kind=COPY, mask=mask)
+    return project(x, lora_A, tail, kind=RMSNORM, norm_weight=norm.weight, eps=norm.eps, mask=mask)
+
+
+def _product(operand: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return operand @ weight.T if bias is None else torch.addmm(bias, operand, weight.T)
+
+
+def _after_forward(y: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """The base's own sum of a row-parallel output over the ranks."""
+    if not geometry.row_parallel:
+        return y
+    if geometry.sequence_parallel:
+        return collectives.reduce_scatter(y, geometry.group)
+    return collectives.all_reduce(y, geometry.group)
+
+
+def _before_backward(dy: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """The gradient of a row-parallel output for all tokens."""
+    dy = dy.contiguous()
+    if geometry.row_parallel and geometry.sequence_parallel:
+        return collectives.all_gather(dy, geometry.group)
+    return dy
+
+
+def _sum_over_ranks(g: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """The base's own sum of a column-parallel input gradient over the ranks; d comes complete with it."""
+    if geometry.row_parallel:
+        return g
+    if geometry.gathers:
+        return collectives.reduce_scatter(g, geometry.group)
+    return collectives.all_reduce(g, geometry.group)
+
+
+def _low_for_dB(low: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    if geometry.row_parallel and not geometry.sequence_parallel:
+        return collectives.all_reduce(low, geometry.group)
+    return low
+
+
+def _input_and_A(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    rstd: torch.Tensor,
+    low: torch.Tensor,
+    lora_A: torch.Tensor,
+    ctx: Any,
+    correlation: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dx in x's shape, partial sums of dA) from ``[g | d]`` for this rank's tokens."""
+    norm: Norm | None = ctx.norm
+    if norm is None:
+        dA = token_product(g[:, x.shape[1] :], x, lora_A.shape[0], mask=ctx.mask)
+        return add_low_rank(g, lora_A, ctx.mask).view(ctx.shape), dA
+    if ctx.geometry.gathers:
+        low = low.chunk(ctx.geometry.group.size())[ctx.geometry.group.rank()]
+    dA, correlation = norm_products(g, x, norm.weight, rstd, low, lora_A.shape[0], ctx.mask, correlation)
+    return norm_gradient(g, x, norm.weight, rstd, lora_A, correlation, ctx.mask).view(ctx.shape), dA

@@ -1,0 +1,258 @@
+"""Gradients of the input: ``dv = g + d A`` taken on through what made v, where ``[g | d]`` = dy ``[W | B]`` is one GEMM's result.
+
+| function | v | returns |
+|---|---|---|
+| add_low_rank | x | dv |
+| norm_products | RMS norm of x: x̂ · w, x̂ = x · rstd | dA = dᵀ dropout(v), and Σ dv · v of each token |
+| norm_gradient | the same | dx = rstd · (dv · w - x̂ · mean(dv · v)) |
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from mlora.kernels.mask import Mask, dropped
+from mlora.kernels.tile import Tile
+
+
+@triton.jit
+def _add_low_rank(
+    g,
+    lora_A,
+    out,
+    tokens,
+    features: tl.constexpr,
+    ranks: tl.constexpr,
+    tail: tl.constexpr,
+    mask,
+    dropout: tl.constexpr,
+    block_t: tl.constexpr,
+    block_n: tl.constexpr,
+    block_r: tl.constexpr,
+):
+    row = tl.program_id(0) * block_t + tl.arange(0, block_t)
+    column = tl.program_id(1) * block_n + tl.arange(0, block_n)
+    rank = tl.arange(0, block_r)
+    inside, base = row[:, None] < tokens, row.to(tl.int64)[:, None]
+    valid = inside & (column[None, :] < features)
+    d = tl.load(
+        g + base * (features + tail) + features + rank[None, :], mask=inside & (rank[None, :] < ranks), other=0.0
+    )
+    a_valid = (rank[:, None] < ranks) & (column[None, :] < features)
+    a = tl.load(lora_A + rank[:, None] * features + column[None, :], mask=a_valid, other=0.0)
+    low = tl.dot(d, a)
+    if dropout:
+        low = dropped(low, row, column, mask)
+    v = tl.load(g + base * (features + tail) + column[None, :], mask=valid, other=0.0).to(tl.float32)
+    tl.store(out + base * features + column[None, :], (v + low).to(out.dtype.element_ty), mask=valid)
+
+
+def add_low_rank(g: torch.Tensor, lora_A: torch.Tensor, mask: Mask | None = None) -> torch.Tensor:
+    """``g[:, :N] + g[:, N : N + R] A``, contiguous [T, N]; g [T, N + p], A [R, N]. Moves 2·T·N elements."""
+    (tokens, width), (ranks, features) = g.shape, lora_A.shape
+    out = g.new_empty(tokens, features)
+    tile = Tile(64, 128, 4, 1)
+    _add_low_rank[(triton.cdiv(tokens, tile.tokens), triton.cdiv(features, tile.features))](
+        g,
+        lora_A,
+        out,
+        tokens,
+        features,
+        ranks,
+        width - features,
+        (mask or Mask.none()).arguments(),
+        dropout=mask is not None,
+        block_t=tile.tokens,
+        block_n=tile.features,
+        block_r=max(16, triton.next_power_of_2(ranks)),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out
+
+
+@triton.jit
+def _norm_products(
+    g,
+    x,
+    norm_weight,
+    rstd,
+    low,
+    dA,
+    correlation,
+    tokens,
+    features: tl.constexpr,
+    ranks: tl.constexpr,
+    tail: tl.constexpr,
+    x_stride: tl.constexpr,
+    tokens_per_split,
+    correlate: tl.constexpr,
+    mask,
+    dropout: tl.constexpr,
+    block_t: tl.constexpr,
+    block_n: tl.constexpr,
+    block_r: tl.constexpr,
+):
+    columns, split = tl.program_id(0), tl.program_id(1)
+    column = columns * block_n + tl.arange(0, block_n)
+    rank = tl.arange(0, block_r)
+    scale = tl.load(norm_weight + column, mask=column < features, other=0.0).to(tl.float32)[None, :]
+    total = tl.zeros((block_r, block_n), tl.float32)
+    begin = split * tokens_per_split
+    for start in range(begin, begin + tokens_per_split, block_t):
+        row = start + tl.arange(0, block_t)
+        inside, base = row[:, None] < tokens, row.to(tl.int64)[:, None]
+        valid = inside & (column[None, :] < features)
+        factor = tl.load(rstd + row, mask=row < tokens, other=0.0)[:, None]
+        v = tl.load(x + base * x_stride + column[None, :], mask=valid, other=0.0).to(tl.float32) * factor * scale
+        rank_valid = inside & (rank[None, :] < ranks)
+        d = tl.load(g + base * (features + tail) + features + rank[None, :], mask=rank_valid, other=0.0)
+        if correlate:
+            dv = tl.load(g + base * (features + tail) + column[None, :], mask=valid, other=0.0).to(tl.float32)
+            product = tl.sum(dv * v, 1)
+            if columns == 0:
+                # Σ dv · v = Σ g · v + d · s, because (d A) · v = d · (v Aᵀ).
+                s = tl.load(low + base * tail + rank[None, :], mask=rank_valid, other=0.0)
+                product += tl.sum(d.to(tl.float32) * s.to(tl.float32), 1)
+            tl.store(correlation + columns * tokens + row, product, mask=row < tokens)
+        if dropout:
+            v = dropped(v, row, column, mask)
+        total = tl.dot(tl.trans(d), v.to(x.dtype.element_ty), total)
+    at = (split * ranks + rank[:, None]) * features + column[None, :]
+    tl.store(dA + at, total, mask=(rank[:, None] < ranks) & (column[None, :] < features))
+
+
+@triton.jit
+def _norm_gradient(
+    g,
+    x,
+    norm_weight,
+    rstd,
+    lora_A,
+    correlation,
+    out,
+    tokens,
+    features: tl.constexpr,
+    ranks: tl.constexpr,
+    tail: tl.constexpr,
+    x_stride: tl.constexpr,
+    mask,
+    dropout: tl.constexpr,
+    block_t: tl.constexpr,
+    block_n: tl.constexpr,
+    block_r: tl.constexpr,
+):
+    row = tl.program_id(0) * block_t + tl.arange(0, block_t)
+    column = tl.program_id(1) * block_n + tl.arange(0, block_n)
+    rank = tl.arange(0, block_r)
+    inside, base = row[:, None] < tokens, row.to(tl.int64)[:, None]
+    valid = inside & (column[None, :] < features)
+    factor = tl.load(rstd + row, mask=row < tokens, other=0.0)[:, None]
+    mean = tl.load(correlation + row, mask=row < tokens, other=0.0)[:, None] / features
+    d = tl.load(
+        g + base * (features + tail) + features + rank[None, :], mask=inside & (rank[None, :] < ranks), other=0.0
+    )
+    a_valid = (rank[:, None] < ranks) & (column[None, :] < features)
+    a = tl.load(lora_A + rank[:, None] * features + column[None, :], mask=a_valid, other=0.0)
+    dv = tl.dot(d, a)
+    if dropout:
+        dv = dropped(dv, row, column, mask)
+    dv += tl.load(g + base * (features + tail) + column[None, :], mask=valid, other=0.0).to(tl.float32)
+    scale = tl.load(norm_weight + column, mask=column < features, other=0.0).to(tl.float32)[None, :]
+    xhat = tl.load(x + base * x_stride + column[None, :], mask=valid, other=0.0).to(tl.float32) * factor
+    dx = factor * (dv * scale - xhat * mean)
+    tl.store(out + base * features + column[None, :], dx.to(out.dtype.element_ty), mask=valid)
+
+
+def norm_products(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    rstd: torch.Tensor,
+    low: torch.Tensor,
+    ranks: int,
+    mask: Mask | None = None,
+    correlation: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(partial sums of A's gradient [splits, R, N], dv · v of each token [T]), float32, from ``[g | d]`` [T, N + p].
+
+    Args:
+        low: s [T, p], as :func:`mlora.kernels.project.project` gave it.
+        correlation: dv · v where it is known already; then g is not read.
+    """
+    tokens, features = x.shape
+    block_r = max(16, triton.next_power_of_2(ranks))
+    tile = Tile(128, 64, 4, 3) if block_r <= 64 else Tile(64, 128, 8, 2) if block_r <= 256 else Tile(64, 64, 8, 2)
+    columns = triton.cdiv(features, tile.features)
+    splits = max(1, min(triton.cdiv(tokens, 2 * tile.tokens), triton.cdiv(528, columns)))
+    per_split = triton.cdiv(triton.cdiv(tokens, splits), tile.tokens) * tile.tokens
+    splits = triton.cdiv(tokens, per_split)
+    dA = torch.empty(splits, ranks, features, dtype=torch.float32, device=g.device)
+    parts = torch.empty(columns if correlation is None else 0, tokens, dtype=torch.float32, device=g.device)
+    _norm_products[(columns, splits)](
+        g,
+        x,
+        norm_weight,
+        rstd,
+        low,
+        dA,
+        parts,
+        tokens,
+        features,
+        ranks,
+        g.shape[1] - features,
+        x.stride(0),
+        per_split,
+        correlation is None,
+        (mask or Mask.none()).arguments(),
+        dropout=mask is not None,
+        block_t=tile.tokens,
+        block_n=tile.features,
+        block_r=block_r,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return (dA, correlation) if correlation is not None else (dA, parts.sum(0))
+
+
+def norm_gradient(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    rstd: torch.Tensor,
+    lora_A: torch.Tensor,
+    correlation: torch.Tensor,
+    mask: Mask | None = None,
+) -> torch.Tensor:
+    """The gradient of x [T, N] from ``[g | d]`` [T, N + p]; the norm's weight is frozen.
+
+    Args:
+        correlation: dv · v of each token [T], float32.
+    """
+    tokens, features = x.shape
+    ranks = lora_A.shape[0]
+    out = g.new_empty(tokens, features)
+    block_r = max(16, triton.next_power_of_2(ranks))
+    tile = Tile(64, 64, 4, 1) if block_r <= 64 else Tile(64, 128, 8, 1)
+    _norm_gradient[(triton.cdiv(tokens, tile.tokens), triton.cdiv(features, tile.features))](
+        g,
+        x,
+        norm_weight,
+        rstd,
+        lora_A,
+        correlation,
+        out,
+        tokens,
+        features,
+        ranks,
+        g.shape[1] - features,
+        x.stride(0),
+        (mask or Mask.none()).arguments(),
+        dropout=mask is not None,
+        block_t=tile.tokens,
+        block_n=tile.features,
+        block_r=block_r,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out

@@ -1,0 +1,154 @@
+"""Backward of SwiGLU between two adapted linears, with three of their low-rank products done while the tile is there.
+
+v = silu(gate) · up is the second linear's input, y1 = [gate, up] the first one's output:
+
+    dv = g + d A2,   dgate = dv · up · silu'(gate),   dup = dv · silu(gate)
+    dA2 = dᵀ dropout(v),   dB1 = [dgate, dup]ᵀ s1,   dy · y of each token
+
+The last is what the norm in front of the first linear needs of its own gradient: dv · v there, for y = v (W + B A)ᵀ.
+Reads 3·T·F and writes 2·T·F elements, as the plain backward does. A program owns some columns and loops over a run of tokens, so
+that dA2 and dB1 stay in registers; the sums over the runs are made by :mod:`mlora.kernels.packing`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from mlora.kernels.mask import Mask, dropped
+from mlora.kernels.tile import Tile
+
+
+@triton.jit
+def _swiglu_backward(
+    g,
+    y,
+    lora_A,
+    low,
+    out,
+    dA,
+    dB,
+    correlation,
+    tokens,
+    features: tl.constexpr,
+    ranks: tl.constexpr,
+    tail: tl.constexpr,
+    low_ranks: tl.constexpr,
+    low_tail: tl.constexpr,
+    tokens_per_split,
+    mask,
+    dropout: tl.constexpr,
+    block_t: tl.constexpr,
+    block_n: tl.constexpr,
+    block_r: tl.constexpr,
+    block_s: tl.constexpr,
+):
+    column = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    split = tl.program_id(1)
+    rank, low_rank = tl.arange(0, block_r), tl.arange(0, block_s)
+    inside_n = column < features
+    a_valid = (rank[:, None] < ranks) & inside_n[None, :]
+    a = tl.load(lora_A + rank[:, None] * features + column[None, :], mask=a_valid, other=0.0)
+    total_A = tl.zeros((block_r, block_n), tl.float32)
+    total_gate = tl.zeros((block_s, block_n), tl.float32)
+    total_up = tl.zeros((block_s, block_n), tl.float32)
+    begin = split * tokens_per_split
+    for start in range(begin, begin + tokens_per_split, block_t):
+        row = start + tl.arange(0, block_t)
+        inside, base = row[:, None] < tokens, row.to(tl.int64)[:, None]
+        valid = inside & inside_n[None, :]
+        gate = tl.load(y + base * 2 * features + column[None, :], mask=valid, other=0.0).to(tl.float32)
+        up = tl.load(y + base * 2 * features + features + column[None, :], mask=valid, other=0.0).to(tl.float32)
+        dv = tl.load(g + base * (features + tail) + column[None, :], mask=valid, other=0.0).to(tl.float32)
+        d = tl.load(
+            g + base * (features + tail) + features + rank[None, :], mask=inside & (rank[None, :] < ranks), other=0.0
+        )
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        product = tl.dot(d, a)
+        v = (silu * up).to(y.dtype.element_ty)
+        if dropout:
+            product = dropped(product, row, column, mask)
+            v = dropped(v, row, column, mask).to(y.dtype.element_ty)
+        dv += product
+        total_A = tl.dot(tl.trans(d), v, total_A)
+        dgate = (dv * up * (sigmoid + silu * (1.0 - sigmoid))).to(y.dtype.element_ty)
+        dup = (dv * silu).to(y.dtype.element_ty)
+        tl.store(out + base * 2 * features + column[None, :], dgate, mask=valid)
+        tl.store(out + base * 2 * features + features + column[None, :], dup, mask=valid)
+        tl.store(correlation + tl.program_id(0) * tokens + row, tl.sum(dgate * gate + dup * up, 1), mask=row < tokens)
+        s_valid = (row[None, :] < tokens) & (low_rank[:, None] < low_ranks)
+        s = tl.load(low + row.to(tl.int64)[None, :] * low_tail + low_rank[:, None], mask=s_valid, other=0.0)
+        total_gate = tl.dot(s, dgate, total_gate)
+        total_up = tl.dot(s, dup, total_up)
+    at = (split * ranks + rank[:, None]) * features + column[None, :]
+    tl.store(dA + at, total_A, mask=a_valid)
+    at = (split * low_ranks + low_rank[:, None]) * 2 * features + column[None, :]
+    b_valid = (low_rank[:, None] < low_ranks) & inside_n[None, :]
+    tl.store(dB + at, total_gate, mask=b_valid)
+    tl.store(dB + at + features, total_up, mask=b_valid)
+
+
+def _tile(block_s: int) -> tuple[Tile, int]:
+    """(tile, about how many programs), as measured best on an H200."""
+    if block_s > 128:
+        return Tile(32, 64, 8, 3), 896
+    return Tile(32, 128, 4 if block_s <= 64 else 8, 3), 224
+
+
+def swiglu_backward(
+    g: torch.Tensor,
+    y: torch.Tensor,
+    lora_A: torch.Tensor,
+    low: torch.Tensor,
+    low_ranks: int,
+    mask: Mask | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dy1 [T, 2 F], dA2 [splits, R2, F], dB1 transposed [splits, R1, 2 F], dy · y [T]), the latter three float32, of which the
+    middle two are partial sums.
+
+    Args:
+        g: ``[g | d]`` [T, F + p2] of the second linear.
+        y: y1 [T, 2 F], the first linear's output.
+        lora_A: A2 [R2, F] with the scaling in it.
+        low: s1 [T, p1] of the first linear.
+        low_ranks: R1.
+        mask: of dropout on the second linear's input.
+    """
+    (tokens, width), (ranks, features) = g.shape, lora_A.shape
+    out = torch.empty_like(y)
+    block_r = max(16, triton.next_power_of_2(ranks))
+    block_s = max(16, triton.next_power_of_2(low_ranks))
+    tile, programs = _tile(block_s)
+    columns = triton.cdiv(features, tile.features)
+    splits = max(1, min(triton.cdiv(tokens, 2 * tile.tokens), triton.cdiv(programs, columns)))
+    per_split = triton.cdiv(triton.cdiv(tokens, splits), tile.tokens) * tile.tokens
+    splits = triton.cdiv(tokens, per_split)
+    dA = torch.empty(splits, ranks, features, dtype=torch.float32, device=y.device)
+    dB = torch.empty(splits, low_ranks, 2 * features, dtype=torch.float32, device=y.device)
+    correlation = torch.empty(columns, tokens, dtype=torch.float32, device=y.device)
+    _swiglu_backward[(columns, splits)](
+        g,
+        y,
+        lora_A,
+        low,
+        out,
+        dA,
+        dB,
+        correlation,
+        tokens,
+        features,
+        ranks,
+        width - features,
+        low_ranks,
+        low.shape[1],
+        per_split,
+        (mask or Mask.none()).arguments(),
+        dropout=mask is not None,
+        block_t=tile.tokens,
+        block_n=tile.features,
+        block_r=block_r,
+        block_s=block_s,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out, dA, dB, correlation.sum(0)

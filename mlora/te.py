@@ -1,0 +1,157 @@
+"""Adapted linears of Transformer Engine's spec, and the choice of the way their low-rank term is computed.
+
+| way | where | cost |
+|---|---|---|
+| fused | bf16 and fp16 weights on a GPU with Triton, RMS norm or none in front | a few percent of the linear (:mod:`mlora.fused`) |
+| beside | everything else: FP8, fp32, overlapped communication, layer norm with bias | a pass or two more (:mod:`mlora.branch`) |
+
+The choice is made at a module's first forward, when its weight has its final dtype and device, and again when these change.
+Transformer Engine's own forward is never given the fused way's weight: it is a view with a row stride, which its GEMM would
+misread. With the adapter off, such a linear computes the base's output itself.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mlora.adapter import AdapterBank, LinearAdapter
+from mlora.branch import LoraBranch
+from mlora.linear import Geometry
+
+# (whether it holds, what stands in the way of the fused path if it does not), asked in this order.
+_Rule = tuple[Callable[[Any, LinearAdapter], bool], str]
+_RULES: list[_Rule] = [
+    (lambda m, a: importlib.util.find_spec("triton") is not None, "Triton is not installed"),
+    (lambda m, a: bool(m.weight.is_cuda), "the weight is not on a GPU"),
+    (lambda m, a: type(m.weight) is torch.nn.Parameter, "the weight is quantized"),
+    (lambda m, a: m.weight.dtype in (torch.bfloat16, torch.float16), "the weight is neither bf16 nor fp16"),
+    (lambda m, a: a.dtype == m.weight.dtype, "the adapter's dtype is not the weight's"),
+    (lambda m, a: m.weight.shape[1] % 8 == 0, "the input features do not divide by 8"),
+    (lambda m, a: not m.config.fp8 and not getattr(m.config, "fp4", None), "the base runs in FP8 or FP4"),
+    (lambda m, a: getattr(m, "te_quant_params", None) is None, "the base has a quantization recipe"),
+    (lambda m, a: not m.config.tp_comm_overlap, "tensor-parallel communication is overlapped"),
+    (lambda m, a: not m.config.fp32_residual_connection, "the residual stream is fp32"),
+    (lambda m, a: not m.config.cpu_offloading, "activations are offloaded to the host"),
+    (lambda m, a: getattr(m, "normalization", "RMSNorm") == "RMSNorm", "the norm in front is a layer norm"),
+    (lambda m, a: len(set(a.scaling.values())) == 1 or not a.config.shared_A, "one A has several scalings"),
+]
+
+
+def obstacle(module: Any, adapter: LinearAdapter) -> str | None:
+    """What stands in the way of the fused path for this linear; None if nothing does."""
+    return next((reason for holds, reason in _RULES if not holds(module, adapter)), None)
+
+
+class TeLora:
+    """Forward of an adapted linear of Transformer Engine; comes before its class in the instance's class."""
+
+    lora: AdapterBank
+    weight: torch.nn.Parameter
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x as Megatron gives it to the base -> (y, bias to be added later)."""
+        adapter = self.lora.current()
+        packed = self.packed(adapter)
+        if packed is not None:
+            return self._fused(x, adapter, packed)
+        y, bias = super().forward(x)  # type: ignore[misc]
+        if adapter is None:
+            return y, bias
+        geometry = self.geometry(adapter, self.length(x))
+        term = LoraBranch.apply(self._normed(x), *adapter.fused(), geometry)  # type: ignore[no-untyped-call]
+        return (y + term).to(y.dtype), bias
+
+    def packed(self, adapter: LinearAdapter | None) -> Any:
+        """The buffers of the fused way, made or refreshed; None on the other way."""
+        kept = self.lora.packed
+        if adapter is None:
+            return kept
+        if kept is None or not kept.holds(self.weight, adapter):
+            if obstacle(self, adapter) is not None:
+                return None
+            from mlora.packed import Packed
+
+            kept = self.lora.packed = Packed(self.weight, adapter)
+        kept.refresh()
+        return kept
+
+    def norm(self) -> Any:
+        """The RMS norm in front of the linear; None if there is none."""
+        weight = getattr(self, "layer_norm_weight", None)
+        if weight is None:
+            return None
+        from mlora.fused import Norm
+
+        weight = weight.detach()
+        return Norm(weight + 1 if self.zero_centered_gamma else weight, self.eps)  # type: ignore[attr-defined]
+
+    def geometry(self, adapter: LinearAdapter | None, length: int) -> Geometry:
+        """Of the linear in sequences of ``length`` tokens, with the current dropout mask."""
+        return Geometry.of(self.lora.layout, adapter.dropout(length) if adapter is not None else None)
+
+    def length(self, x: torch.Tensor) -> int:
+        """Tokens of the whole sequence of which x [s, b, ...] is this rank's piece."""
+        layout = self.lora.layout
+        cut = layout.sequence_parallel and layout.partition_dim != 1
+        return x.shape[0] * (layout.group.size() if cut else 1)
+
+    def _fused(
+        self, x: torch.Tensor, adapter: LinearAdapter | None, packed: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        from mlora.fused import FusedLinear
+
+        later = self.te_return_bias  # type: ignore[attr-defined]
+        bias = self.bias if self.use_bias else None  # type: ignore[attr-defined]
+        parameters = [] if adapter is None else packed.parameters()
+        geometry = self.geometry(adapter, self.length(x))
+        now = None if later else bias
+        y = FusedLinear.apply(x, self.norm(), now, packed, geometry, *parameters)  # type: ignore[no-untyped-call]
+        return y, bias if later else None
+
+    def _normed(self, x: torch.Tensor) -> torch.Tensor:
+        """What Transformer Engine's fused norm makes of x, which it does not give away without costs."""
+        weight = getattr(self, "layer_norm_weight", None)
+        if weight is None:
+            return x
+        weight = weight.detach() + 1 if self.zero_centered_gamma else weight.detach()  # type: ignore[attr-defined]
+        shape, eps = (x.shape[-1],), self.eps  # type: ignore[attr-defined]
+        if self.normalization == "RMSNorm":  # type: ignore[attr-defined]
+            return torch.nn.functional.rms_norm(x, shape, weight.to(x.dtype), eps)
+        bias = self.layer_norm_bias.detach().to(x.dtype)  # type: ignore[attr-defined]
+        return torch.nn.functional.layer_norm(x, shape, weight.to(x.dtype), bias, eps)
+
+
+class MlpLora:
+    """Forward of a gated MLP whose two linears are both on the fused way."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [s, b, h] -> (y [s, b, h], None), or what Megatron's own forward gives."""
+        fc1, fc2 = self.linear_fc1, self.linear_fc2  # type: ignore[attr-defined]
+        adapters = fc1.lora.current(), fc2.lora.current()
+        plain = all(value is None for value in (*args, *kwargs.values()))
+        if not plain or None in adapters or not _is_plain_swiglu(self.config):  # type: ignore[attr-defined]
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc,no-any-return]
+        packed = fc1.packed(adapters[0]), fc2.packed(adapters[1])
+        if None in packed or fc1.use_bias or fc2.use_bias:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc,no-any-return]
+        from mlora.fused import FusedMlp
+
+        parameters = [*packed[0].parameters(), *packed[1].parameters()]
+        length = fc1.length(hidden_states)
+        geometries = fc1.geometry(adapters[0], length), fc2.geometry(adapters[1], length)
+        y = FusedMlp.apply(hidden_states, fc1.norm(), packed, geometries, *parameters)  # type: ignore[no-untyped-call]
+        return y, None
+
+
+def _is_plain_swiglu(config: Any) -> bool:
+    return (
+        config.gated_linear_unit
+        and config.activation_func is torch.nn.functional.silu
+        and config.activation_func_clamp_value is None
+        and config.glu_linear_offset == 0
+        and not config.activation_func_fp8_input_store
+    )

@@ -1,0 +1,138 @@
+"""The fused way's kernels and collectives, in Triton's interpreter on the CPU, against the plain way in float64.
+
+float32 kernels against float64: the tolerance is that of float32 sums.
+"""
+
+import copy
+import os
+from typing import Any
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are defined
+
+import pytest
+import torch
+
+from mlora.adapter import LinearAdapter
+from mlora.dropout import set_micro_batch
+from mlora.fused import FusedLinear, FusedMlp, Norm
+from mlora.linear import Geometry
+from mlora.packed import Packed
+from parallel.layout import LinearLayout
+from parallel.sizes import ParallelSizes
+from tests.mlora.test_linear import FC1, FC2, PROJ, QKV, STEP, TOKENS, Case, build, local_input, random, relative
+from tests.ranks import run_ranks
+
+TOLERANCE = 2e-5
+EPS = 1e-5
+LAYOUTS = [ParallelSizes()] + [ParallelSizes(tensor=2, sequence_parallel=sp) for sp in (False, True)]
+CASES = [
+    Case(QKV, bias=True, dropout=0.3),
+    Case(QKV, groups=1, targets=["q_proj", "v_proj"], rank=1),
+    Case(QKV, shared_A=True, rank=3),
+    Case(QKV, rank_pattern={"k_proj": 2}),
+    Case(PROJ, dropout=0.3, bias=True),
+    Case(FC1, targets=["up_proj"]),
+    Case(FC2, rank=7),
+]
+
+
+def float32_copy(module: Any) -> tuple[torch.nn.Parameter, LinearAdapter, Packed]:
+    """(weight, adapter, buffers) of an adapted linear, all float32."""
+    whole = module.lora.current()
+    adapter = copy.deepcopy(whole, {id(whole.layout): whole.layout})
+    for parameter in adapter.parameters():
+        parameter.data, parameter.grad = parameter.data.float(), None
+    adapter.dtype = torch.float32
+    weight = torch.nn.Parameter(module.weight.detach().float(), requires_grad=False)
+    packed = Packed(weight, adapter)
+    packed.refresh()
+    assert packed.holds(weight, adapter)
+    torch.testing.assert_close(weight.double(), module.weight.double(), atol=1e-6, rtol=1e-6)
+    return weight, adapter, packed
+
+
+def compare(name: str, ours: Any, theirs: Any) -> dict[str, float]:
+    """Relative errors of (y, dx, gradients by parameter name)."""
+    (y, dx, gradients), (expected_y, expected_dx, expected) = ours, theirs
+    assert gradients.keys() == expected.keys()
+    return {
+        f"{name} y": relative(y.double(), expected_y),
+        f"{name} dx": relative(dx.double(), expected_dx),
+        **{f"{name} {key}": relative(gradients[key].double(), expected[key]) for key in expected},
+    }
+
+
+def gradients(adapter: LinearAdapter) -> dict[str, Any]:
+    return {name: parameter.grad for name, parameter in adapter.named_parameters()}
+
+
+def geometry(layout: LinearLayout, adapter: LinearAdapter) -> Geometry:
+    return Geometry.of(layout, adapter.dropout(TOKENS))
+
+
+def linear_errors(case: Case, sizes: ParallelSizes, rank: int, normed: bool, name: str) -> dict[str, float]:
+    _, module, layout = build(case, sizes)
+    module.train()
+    x = local_input(case, sizes, layout, rank)
+    norm = random("norm", x.shape[-1]).abs() + 0.5
+    y, _ = module(torch.nn.functional.rms_norm(x, (x.shape[-1],), norm, EPS) if normed else x)
+    dy = random("dy", *y.shape)
+    y.backward(dy)
+    _, adapter, packed = float32_copy(module)
+    small = x.detach().float().requires_grad_()
+    bias = module.bias.detach().float() if case.bias else None
+    z = FusedLinear.apply(
+        small,
+        Norm(norm.float(), EPS) if normed else None,
+        bias,
+        packed,
+        geometry(layout, adapter),
+        *packed.parameters(),
+    )
+    z.backward(dy.float())
+    found = compare(name, (z, small.grad, gradients(adapter)), (y, x.grad, gradients(module.lora.current())))
+    module.lora.active = None
+    off, _ = module(torch.nn.functional.rms_norm(x, (x.shape[-1],), norm, EPS) if normed else x)
+    x.grad = small.grad = None
+    off.backward(dy)
+    z = FusedLinear.apply(small, Norm(norm.float(), EPS) if normed else None, bias, packed, Geometry.of(layout, None))
+    z.backward(dy.float())
+    return found | {f"{name} off": relative(z.double(), off), f"{name} off dx": relative(small.grad.double(), x.grad)}
+
+
+def mlp_errors(sizes: ParallelSizes, rank: int, dropout: float) -> dict[str, float]:
+    fc1, fc2 = Case(FC1, dropout=dropout), Case(FC2, rank=3, dropout=dropout)
+    (_, first, layout1), (_, second, layout2) = build(fc1, sizes), build(fc2, sizes)
+    first.train(), second.train()
+    x = local_input(fc1, sizes, layout1, rank)
+    norm = random("norm", x.shape[-1]).abs() + 0.5
+    gate, up = first(torch.nn.functional.rms_norm(x, (x.shape[-1],), norm, EPS))[0].chunk(2, dim=-1)
+    y, _ = second(torch.nn.functional.silu(gate) * up)
+    dy = random("dy", *y.shape)
+    y.backward(dy)
+    (_, one, packed1), (_, two, packed2) = float32_copy(first), float32_copy(second)
+    small = x.detach().float().requires_grad_()
+    geometries = geometry(layout1, one), geometry(layout2, two)
+    parameters = [*packed1.parameters(), *packed2.parameters()]
+    z = FusedMlp.apply(small, Norm(norm.float(), EPS), (packed1, packed2), geometries, *parameters)
+    z.backward(dy.float())
+    both = [{f"{i}{k}": g for i, a in enumerate(pair) for k, g in gradients(a).items()} for pair in (
+        (one, two), (first.lora.current(), second.lora.current())
+    )]  # fmt: skip
+    return compare(f"mlp dropout {dropout}", (z, small.grad, both[0]), (y, x.grad, both[1]))
+
+
+def all_errors(rank: int, sizes: ParallelSizes) -> dict[str, float]:
+    set_micro_batch(STEP)
+    found = mlp_errors(sizes, rank, 0.0) | mlp_errors(sizes, rank, 0.3)
+    for case in CASES:
+        for normed in (False, True) if case.name in (QKV, FC1) else (False,):
+            found |= linear_errors(case, sizes, rank, normed, f"{case} norm {normed}")
+    return found
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
+def test_outputs_and_gradients_equal_the_plain_way(sizes: ParallelSizes) -> None:
+    for rank, found in enumerate(run_ranks(sizes.tensor, all_errors, sizes, sizes=sizes)):
+        worst = max(found, key=lambda name: found[name])
+        assert found[worst] < TOLERANCE, (rank, worst, found[worst])
