@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from mlora.adapter import Factor
 from mlora.attach import factors
@@ -52,8 +53,15 @@ def config_of(sizes: ParallelSizes, **changes: Any) -> TransformerConfig:
     return TransformerConfig(**{**values, **changes})
 
 
-def build(sizes: ParallelSizes, *, experts: int | None = None, tied: bool = False, **changes: Any) -> list[GPTModel]:
-    """This rank's chunks, with weights that depend on nothing but their global names."""
+def build(
+    sizes: ParallelSizes,
+    *,
+    experts: int | None = None,
+    expert_layers: Sequence[int] = (),
+    tied: bool = False,
+    **changes: Any,
+) -> list[GPTModel]:
+    """This rank's chunks, with weights that depend on nothing but their global names; ``expert_layers`` have experts."""
     config = config_of(sizes, **({"num_moe_experts": experts} if experts else {}), **changes)
     chunks = []
     for stage in range(sizes.virtual_pipeline or 1):
@@ -62,7 +70,7 @@ def build(sizes: ParallelSizes, *, experts: int | None = None, tied: bool = Fals
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=_spec(config, experts, vp_stage),
+            transformer_layer_spec=_spec(config, experts, expert_layers, vp_stage),
             vocab_size=VOCAB,
             max_sequence_length=LENGTH,
             pre_process=first,
@@ -76,13 +84,20 @@ def build(sizes: ParallelSizes, *, experts: int | None = None, tied: bool = Fals
     return chunks
 
 
-def _spec(config: TransformerConfig, experts: int | None, vp_stage: int | None) -> TransformerBlockSubmodules:
-    layer: ModuleSpec = get_gpt_layer_local_spec(
-        num_experts=experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
-    )
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
-    count = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=SequenceParallelRMSNorm)
+def _spec(
+    config: TransformerConfig, experts: int | None, expert_layers: Sequence[int], vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    first, count = get_transformer_layer_offset(config, vp_stage), get_num_layers_to_build(config, vp_stage)
+    specs = []
+    for number in range(first, first + count):
+        layer: ModuleSpec = get_gpt_layer_local_spec(
+            num_experts=experts if number in expert_layers else None,
+            normalization="RMSNorm",
+            qk_layernorm=config.qk_layernorm,
+        )
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
+        specs.append(layer)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=SequenceParallelRMSNorm)
 
 
 def values(name: str, *shape: int) -> torch.Tensor:
