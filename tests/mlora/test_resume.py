@@ -1,6 +1,8 @@
 """Training that was stopped and resumed against training that never stopped, at the same layout and at others."""
 
+import pickle
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -226,20 +228,26 @@ def test_resumed_at_another_layout_goes_on_from_the_same_state(
             )
 
 
-def _tamper(rank: int, sizes: ParallelSizes, checkpoint: Path) -> list[str]:
-    """What loading says with other settings, and whether it changed anything."""
+def _tamper(rank: int, sizes: ParallelSizes, checkpoint: Path, incomplete: Path) -> list[str]:
+    """What loading says with other settings and with a tensor missing, and whether it changed anything."""
     said = []
-    for settings in ({"lora_plus_ratio": 1.0}, {"lr": 2e-2}, {"adam_beta2": 0.99}, {"decay_iters": 9}):
+    changes = [{"lora_plus_ratio": 1.0}, {"lr": 2e-2}, {"adam_beta2": 0.99}, {"decay_iters": 9}, {}]
+    for settings, source in zip(changes, [checkpoint] * 4 + [incomplete], strict=True):
         trainer = _trainer(sizes, EVERYTHING, torch.float32, SETTINGS | settings)
         before = _state(trainer)
         with pytest.raises(ValueError) as caught:
-            load_checkpoint(checkpoint, trainer.chunks, training=_training(trainer, 0))
+            load_checkpoint(source, trainer.chunks, training=_training(trainer, 0))
         assert _same(before, _state(trainer)), f"changed although it was refused: {caught.value}"
         _train(trainer, 0, 2)  # Still trains as if nothing had been tried.
         fresh = _trainer(sizes, EVERYTHING, torch.float32, SETTINGS | settings)
         _train(fresh, 0, 2)
         assert _same(_state(fresh), _state(trainer))
         said.append(str(caught.value))
+    trainer = _trainer(sizes, EVERYTHING, torch.float32, SETTINGS | {"decay_iters": 9})
+    trainer.scheduler.override_opt_param_scheduler = True
+    trainer.scheduler.use_checkpoint_opt_param_scheduler = False
+    load_checkpoint(checkpoint, trainer.chunks, training=_training(trainer, 0))
+    assert (trainer.scheduler.lr_decay_steps, trainer.scheduler.num_steps) == (9, END)
     return said
 
 
@@ -258,12 +266,21 @@ def _same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
-def test_other_settings_are_refused_by_name_and_change_nothing(runs: Any) -> None:
+def test_other_settings_are_refused_by_name_and_change_nothing(runs: Any, tmp_path: Path) -> None:
     checkpoint = latest_checkpoint(runs("DP2", EVERYTHING, torch.float32)[0])
+    incomplete, lost = (
+        tmp_path / "incomplete",
+        "optimizer.state.exp_avg.adapter.decoder.layers.3.mlp.linear_fc2.whole.lora_B",
+    )
+    shutil.copytree(checkpoint, incomplete)
+    metadata = pickle.loads((incomplete / ".metadata").read_bytes())
+    del metadata.state_dict_metadata[lost]
+    (incomplete / ".metadata").write_bytes(pickle.dumps(metadata))
     place = LAYOUTS["DP2"]
-    said, other = run_ranks(2, _tamper, place.sizes, checkpoint, sizes=place.sizes)
+    said, other = run_ranks(2, _tamper, place.sizes, checkpoint, incomplete, sizes=place.sizes)
     assert said == other
-    for text, words in zip(said, ["parameter groups", "max_lr = 0.01", "0.999", "lr_decay_steps = 8"], strict=True):
+    expected = ["parameter groups", "max_lr = 0.01", "0.999", "lr_decay_steps = 8", f"there is no tensor {lost}"]
+    for text, words in zip(said, expected, strict=True):
         assert words in text
 
 
