@@ -123,6 +123,12 @@ PHI3 = Format(
 # Without any special token: a turn is closed by its line's end.
 PLAIN = Format(_turns("{{ m.role }}: {{ m.content }}\n", "assistant: «{{ m.content }}\n»", "assistant: "), ())
 
+# Closed by a space, which stands before a special token: a token of its own.
+SPACED = Format(
+    _turns("<|{{ m.role }}|>{{ m.content }} ", "<|assistant|>«{{ m.content }} »", "<|assistant|>"),
+    ("<|user|>", "<|assistant|>"),
+)
+
 FORMATS = {
     "chatml": CHATML,
     "qwen2.5": QWEN2_5,
@@ -133,4 +139,5 @@ FORMATS = {
     "gemma": GEMMA,
     "phi3": PHI3,
     "plain": PLAIN,
+    "spaced": SPACED,
 }

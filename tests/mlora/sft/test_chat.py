@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from mlora.sft.chat import encode_chats
 from mlora.sft.records import Record
 from mlora.sft.samples import encode
-from tests.mlora.sft.templates import CHATML, FORMATS, LLAMA3, MISTRAL, PHI3, PLAIN, QWEN2_5, QWEN3, Format
+from tests.mlora.sft.templates import CHATML, FORMATS, LLAMA3, MISTRAL, PHI3, PLAIN, QWEN2_5, QWEN3, SPACED, Format
 from tests.mlora.sft.tokenizer import byte_level
 
 
@@ -54,11 +54,14 @@ EXPECTED = [
     (LLAMA3, ["fine<|eot_id|>", "Paris<|eot_id|>"]),
     (PHI3, ["fine<|end|>", "Paris<|end|>"]),
     (PLAIN, [" fine\n", " Paris\n"]),  # one token holds the header's space and the word
+    (SPACED, ["fine ", "Paris "]),
 ]
 
 
 @pytest.mark.parametrize("trim", [False, True])
-@pytest.mark.parametrize(("form", "texts"), EXPECTED, ids=["chatml", "qwen2.5", "qwen3", "llama3", "phi3", "plain"])
+@pytest.mark.parametrize(
+    ("form", "texts"), EXPECTED, ids=["chatml", "qwen2.5", "qwen3", "llama3", "phi3", "plain", "spaced"]
+)
 def test_a_turn_is_its_content_and_its_end(form: Format, texts: list[str], trim: bool) -> None:
     conversation = record("how are you?", "fine", "what is the capital of France?", "Paris", system="You are helpful.")
     assert spoken(form, conversation, trim=trim) == texts
