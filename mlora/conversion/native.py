@@ -36,7 +36,7 @@ def open_native(path: Path, report: Report) -> AdapterState:
         for key, place in reader.tensors(PREFIX).items()
     }
     modules, used = [], set()
-    for projection in info["projections"]:
+    for projection in _projections(info, checkpoint / INFO_FILE):
         keys = _keys(tensors, projection)
         used |= {*keys}
         if missing := [key for key in keys if key not in tensors]:
@@ -59,6 +59,15 @@ def open_native(path: Path, report: Report) -> AdapterState:
     )
 
 
+def _projections(info: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
+    fields = {"module": str, "part": str, "hf_name": str, "rank": int, "scaling": int | float}
+    rows = info.get("projections")
+    for row in rows if isinstance(rows, list) else [None]:
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in fields.items()):
+            raise ValueError(f"{path}: its projections are incomplete: {row}")
+    return list(info["projections"])
+
+
 def _lazy(checkpoint: Path, reader: Reader, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
     def read() -> torch.Tensor:
         with reader:  # Closes the files when it is left, and opens them again when they are needed.
@@ -74,8 +83,8 @@ def _keys(tensors: Mapping[str, LazyTensor], projection: Mapping[str, Any]) -> t
 
 
 def _layout(info: Mapping[str, Any]) -> str:
-    sizes = info["parallel"]
-    return (
-        f"native checkpoint of iteration {info['iteration']}, saved at TP {sizes['tensor']} x PP {sizes['pipeline']} "
-        f"x DP {sizes['data']}"
+    sizes = info.get("parallel", {})
+    words = " x ".join(
+        f"{short} {sizes.get(name, '?')}" for name, short in (("tensor", "TP"), ("pipeline", "PP"), ("data", "DP"))
     )
+    return f"native checkpoint of iteration {info.get('iteration')}, saved at {words}"
