@@ -76,6 +76,8 @@ class FusedLinear(torch.autograd.Function):
         x, rstd, low, lora_A = ctx.saved_tensors
         packed: Packed = ctx.packed
         geometry: Geometry = ctx.geometry
+        if ctx.active:
+            packed.refill()
         dy = _before_backward(dy.flatten(0, 1), geometry)
         g = _sum_over_ranks(dy @ packed.weight, geometry)
         dx, dA = _input_and_A(g, x, rstd, low, lora_A, ctx)
@@ -119,6 +121,8 @@ class FusedMlp(torch.autograd.Function):
         """dy in y's layout -> the gradients of x and of the parameters."""
         x, rstd, low1, between, low2 = ctx.saved_tensors
         (first, second), (one, two) = ctx.packed, ctx.geometries
+        first.refill()
+        second.refill()
         dy = _before_backward(dy.flatten(0, 1), two)
         g = dy @ second.weight
         dB2 = token_product(_low_for_dB(low2, two), dy, second.ranks)

@@ -8,98 +8,108 @@ becomes a view of P under its own name; A and B are copied in again when a param
 
 import torch
 
-from mlora.adapter import SHARED, LinearAdapter
-from mlora.kernels.packing import sum_A, sum_B
+from mlora.adapter import LinearAdapter
+from mlora.kernels.packing import RowTables, pack_A, pack_B, sum_A, sum_B
 
 _ALIGNMENT = 64  # elements: a GEMM's K that is no multiple of this costs more than the columns themselves
+
+
+class Buffer:
+    """P [out, in + p] of one linear, shared by its adapters.
+
+    Attributes:
+        weight: P.
+        filled_by: the adapter whose B is in it.
+    """
+
+    def __init__(self, weight: torch.nn.Parameter, tail: int) -> None:
+        rows, features = weight.shape
+        self.weight = weight.detach().new_zeros(rows, features + tail)
+        self.weight[:, :features] = weight.detach()
+        weight.data = self.weight[:, :features]
+        self.filled_by: LinearAdapter | None = None
 
 
 class Packed:
     """The buffers of one linear and one adapter.
 
     Attributes:
+        buffer: with P.
         weight: P [out, in + p].
         lora_A: [R, in].
         zero_A: in place of lora_A while the adapter is off: the GEMM then adds nothing.
         ranks, tail: R and p.
     """
 
-    def __init__(self, weight: torch.nn.Parameter, adapter: LinearAdapter) -> None:
+    def __init__(self, weight: torch.nn.Parameter, adapter: LinearAdapter, previous: "Packed | None" = None) -> None:
         self.adapter = adapter
         self._starts = _starts(adapter)
         self.ranks = max(start + adapter.ranks[part] for part, start in self._starts.items())
         self.tail = -(-self.ranks // _ALIGNMENT) * _ALIGNMENT
         rows, features = weight.shape
-        self.weight = weight.new_zeros(rows, features + self.tail).detach()
-        self.weight[:, :features] = weight.detach()
-        weight.data = self.weight[:, :features]
+        if previous is not None and previous.tail == self.tail and previous.is_of(weight):
+            self.buffer: Buffer = previous.buffer
+        else:
+            self.buffer = Buffer(weight, self.tail)
+        self.weight = self.buffer.weight
         self.lora_A = self.weight.new_zeros(self.ranks, features)
         self.zero_A = torch.zeros_like(self.lora_A)
-        self._versions: tuple[int, ...] = ()
         self._make_tables(rows)
 
-    def holds(self, weight: torch.nn.Parameter, adapter: LinearAdapter) -> bool:
-        """Whether it still belongs to this weight and adapter: a model that was moved or cast has another weight."""
-        return adapter is self.adapter and weight.data_ptr() == self.weight.data_ptr()
+    def is_of(self, weight: torch.nn.Parameter) -> bool:
+        """Whether ``weight`` is a view of P: a model that was moved or cast has another one."""
+        return weight.data_ptr() == self.weight.data_ptr()
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """A's and then B's, in the order of :meth:`gradients`."""
         return [*self.adapter.lora_A.values(), *self.adapter.lora_B.values()]
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Copy A and B in, if one of them has changed since the last time."""
-        versions = tuple(parameter._version for parameter in self.parameters())
-        if versions == self._versions:
-            return
-        features = self.lora_A.shape[1]
-        for part, parameter in self.adapter.lora_A.items():
-            start, scaling = self._place(part)
-            torch.mul(parameter, scaling, out=self.lora_A[start : start + parameter.shape[0]])
-        for part, parameter in self.adapter.lora_B.items():
-            start = features + self._starts[part]
-            self.weight[:, start : start + parameter.shape[1]][self.adapter.index(part)] = parameter
-        self._versions = versions
+    def fill(self) -> None:
+        """Copy A and B in: at every forward, because a distributed optimizer changes parameters behind autograd's back, and a
+        replayed CUDA graph must see what it made of them."""
+        pack_A([parameter.detach() for parameter in self.adapter.lora_A.values()], self._scaling, self.lora_A)
+        low = self.weight[:, self.lora_A.shape[1] :]
+        if self.buffer.filled_by is not self.adapter:
+            low.zero_()
+        if len(self.adapter.lora_B):
+            parts = [parameter.detach() for parameter in self.adapter.lora_B.values()]
+            pack_B(parts, self._tables, low[:, : self.ranks])
+        self.buffer.filled_by = self.adapter
+
+    def refill(self) -> None:
+        """Before backward: copy in again if another adapter has run since forward."""
+        if self.buffer.filled_by is not self.adapter:
+            self.fill()
 
     def gradients(self, dA: torch.Tensor, dB: torch.Tensor) -> list[torch.Tensor]:
         """The parameters' gradients from partial sums: dA [splits, R, in] and dB [splits, R, out], float32."""
         whole_A = sum_A(dA, self._scaling, self.adapter.dtype)
-        whole_B = sum_B(dB, *self._tables, self._elements, self.adapter.dtype)
-        result, at = [], 0
-        for part, parameter in self.adapter.lora_A.items():
-            start, _ = self._place(part)
-            result.append(whole_A[start : start + parameter.shape[0]])
+        whole_B = sum_B(dB, self._tables, self._elements, self.adapter.dtype)
+        result, row, at = [], 0, 0
+        for parameter in self.adapter.lora_A.values():
+            result.append(whole_A[row : row + parameter.shape[0]])
+            row += parameter.shape[0]
         for parameter in self.adapter.lora_B.values():
             result.append(whole_B[at : at + parameter.numel()].view_as(parameter))
             at += parameter.numel()
         return result
 
-    def _place(self, part: str) -> tuple[int, float]:
-        """(first of its ranks, σ) of a lora_A."""
-        return (
-            (0, next(iter(self.adapter.scaling.values())))
-            if part == SHARED
-            else (
-                self._starts[part],
-                self.adapter.scaling[part],
-            )
-        )
-
     def _make_tables(self, rows: int) -> None:
-        """For each fused row: its place in B's flat gradient, the first and the number of its ranks; for each rank: σ."""
-        offset, start, count = (torch.zeros(rows, dtype=torch.int32) for _ in range(3))
+        tables = torch.zeros(5, rows, dtype=torch.int32)
+        part, place, start, count, offset = tables
         scaling, at = torch.empty(self.ranks), 0
-        for part, first in self._starts.items():
-            scaling[first : first + self.adapter.ranks[part]] = self.adapter.scaling[part]
-        for part, parameter in self.adapter.lora_B.items():
-            index, (length, rank) = self.adapter.index(part).cpu(), parameter.shape
-            offset[index] = torch.arange(at, at + length * rank, rank, dtype=torch.int32)
-            start[index], count[index] = self._starts[part], rank
+        for name, first in self._starts.items():
+            scaling[first : first + self.adapter.ranks[name]] = self.adapter.scaling[name]
+        for number, (name, parameter) in enumerate(self.adapter.lora_B.items()):
+            index, (length, rank) = self.adapter.index(name).cpu(), parameter.shape
+            own = torch.arange(length, dtype=torch.int32)
+            part[index], place[index], offset[index] = number, own, at + own * rank
+            start[index], count[index] = self._starts[name], rank
             at += length * rank
         self._elements = at
         self._scaling = scaling.to(self.weight.device)
-        device = self.weight.device
-        self._tables = offset.to(device), start.to(device), count.to(device)
+        self._tables = RowTables(*tables.to(self.weight.device))
 
 
 def _starts(adapter: LinearAdapter) -> dict[str, int]:

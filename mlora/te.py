@@ -66,15 +66,17 @@ class TeLora:
     def packed(self, adapter: LinearAdapter | None) -> Any:
         """The buffers of the fused way, made or refreshed; None on the other way."""
         kept = self.lora.packed
+        if kept is not None and not kept.is_of(self.weight):
+            kept = self.lora.packed = None  # The model was moved or cast.
         if adapter is None:
             return kept
-        if kept is None or not kept.holds(self.weight, adapter):
+        if kept is None or kept.adapter is not adapter:
             if obstacle(self, adapter) is not None:
                 return None
             from mlora.packed import Packed
 
-            kept = self.lora.packed = Packed(self.weight, adapter)
-        kept.refresh()
+            kept = self.lora.packed = Packed(self.weight, adapter, kept)
+        kept.fill()
         return kept
 
     def norm(self) -> Any:

@@ -45,8 +45,8 @@ def float32_copy(module: Any) -> tuple[torch.nn.Parameter, LinearAdapter, Packed
     adapter.dtype = torch.float32
     weight = torch.nn.Parameter(module.weight.detach().float(), requires_grad=False)
     packed = Packed(weight, adapter)
-    packed.refresh()
-    assert packed.holds(weight, adapter)
+    packed.fill()
+    assert packed.is_of(weight)
     torch.testing.assert_close(weight.double(), module.weight.double(), atol=1e-6, rtol=1e-6)
     return weight, adapter, packed
 
