@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -24,6 +25,7 @@ from mlora.tensor_file import write_tensors
 
 SHARD_BYTES = 5_000_000_000
 VOCABULARY = 128_256
+START_METHOD: Literal["spawn"] = "spawn"  # of processes: a forked one would begin with this one's memory
 Named = list[tuple[str, tuple[int, int]]]
 
 
@@ -129,7 +131,7 @@ def _merge(base: Path, adapter: Path, output: Path, device: str) -> None:
 
 def measure(work: Callable[..., None], *arguments: object) -> tuple[float, float]:
     """(seconds, peak resident GB) of ``work`` in a new process; the imports are not counted in the seconds."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START_METHOD)
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_measured, args=(send, work, arguments))
     process.start()

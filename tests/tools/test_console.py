@@ -1,0 +1,60 @@
+"""Exit codes and one line for what is wrong, for every tool of one process."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from mlora_tools import console
+
+
+def _raising(error: BaseException) -> Callable[[Sequence[str] | None], int]:
+    def main(argv: Sequence[str] | None) -> int:
+        raise error
+
+    return main
+
+
+def test_what_the_tool_returns_is_the_exit_code() -> None:
+    assert console.run(lambda argv: len(argv or ()), ["a", "b", "c"]) == 3
+
+
+@pytest.mark.parametrize(("failure", "code"), [({}, 1), ({"failure": 2}, 2)])
+def test_a_missing_file_is_one_line(capsys: pytest.CaptureFixture[str], failure: dict[str, int], code: int) -> None:
+    assert console.run(_raising(FileNotFoundError("there is no x")), [], **failure) == code
+    assert capsys.readouterr().err == "error: there is no x\n"
+
+
+def test_sigterm_ends_it_like_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    cleaned: list[bool] = []
+
+    def main(argv: Sequence[str] | None) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+            return 0
+        finally:
+            cleaned.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert console.run(main, []) == 130
+    assert cleaned == [True] and signal.getsignal(signal.SIGTERM) == before
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_bar_appears_after_two_seconds_only(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress(100, "merging") as advance:
+        advance(50)
+        assert capsys.readouterr().err == ""
+        time.sleep(2.1)
+        advance(10)
+        assert "merging:  60%" in capsys.readouterr().err
+
+
+def test_there_is_no_bar_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with console.progress(100, "merging") as advance:
+        advance(50)
