@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from parallel.together import on_rank_zero, raise_for, together
 
 # Where Megatron keeps what is no sharded tensor or object: the same on every rank, written by rank 0.
-_PLAIN = ShardedObject("common_state", None, (1,), (0,))
-_DIRECTORY = ".metadata"
+PLAIN = ShardedObject("common_state", None, (1,), (0,))
+DIRECTORY = ".metadata"
 # All that a directory of tensors names. A pickle that names anything else is refused before it is built.
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": {
@@ -69,7 +69,7 @@ def write(state: Mapping[str, Any], folder: Path) -> None:
             piece.data = piece.data.detach()
             pieces[piece.key] = CheckpointableShardedTensor.from_sh_ten(piece)
     if dist.get_rank() == 0:
-        pieces[_PLAIN.unique_key] = [plain]
+        pieces[PLAIN.unique_key] = [plain]
     together(lambda: _check_readable(pieces))
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
@@ -77,10 +77,11 @@ def write(state: Mapping[str, Any], folder: Path) -> None:
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         raise_for(rank, cause)
-    on_rank_zero(lambda: _write_format(folder))
+    on_rank_zero(lambda: write_format(folder))
 
 
-def _write_format(folder: Path) -> None:
+def write_format(folder: Path) -> None:
+    """Write the small file by which Megatron knows what the others are."""
     with naming(folder):
         save_config(CheckpointingConfig("torch_dist"), str(folder))
 
@@ -142,7 +143,7 @@ def read(state: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     wanted, _ = extract_sharded_base(dict(state))
     with Reader(folder) as reader:
         loaded = dict_list_map_inplace(reader.load, wanted)
-        return merge(reader.object(_PLAIN.unique_key), loaded)  # type: ignore[no-any-return]
+        return merge(reader.object(PLAIN.unique_key), loaded)  # type: ignore[no-any-return]
 
 
 class Reader:
@@ -154,7 +155,7 @@ class Reader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.metadata = _read_directory(self.folder / _DIRECTORY)
+        self.metadata = _read_directory(self.folder / DIRECTORY)
         self._files: dict[str, BinaryIO] = {}
         self._check_files()
 
@@ -253,7 +254,7 @@ class Reader:
         for name, length in lengths.items():
             path = self.folder / name
             if name != path.name:
-                raise ValueError(f"{self.folder / _DIRECTORY} names the file {name!r}, which is not in this folder")
+                raise ValueError(f"{self.folder / DIRECTORY} names the file {name!r}, which is not in this folder")
             if not path.is_file():
                 raise ValueError(f"{path} is missing")
             if path.stat().st_size < length:

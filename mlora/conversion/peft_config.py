@@ -139,10 +139,14 @@ class PeftConfig:
         key = next((key for key in self.rank_pattern if matches_pattern_key(module, key)), None)
         return self.r if key is None else self.rank_pattern[key]
 
+    def alpha(self, module: str) -> float:
+        """The numerator of a module's scaling."""
+        key = next((key for key in self.alpha_pattern if matches_pattern_key(module, key)), None)
+        return self.lora_alpha if key is None else self.alpha_pattern[key]
+
     def scaling(self, module: str) -> float:
         """The factor of B A for a module. A pattern that changes only the rank changes the scaling too, as in PEFT."""
-        key = next((key for key in self.alpha_pattern if matches_pattern_key(module, key)), None)
-        alpha, rank = self.lora_alpha if key is None else self.alpha_pattern[key], self.rank(module)
+        alpha, rank = self.alpha(module), self.rank(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def targets(self, module: str) -> bool:
