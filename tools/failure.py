@@ -1,7 +1,7 @@
 """What a person sees when a run fails: one line for what they can put right, a traceback for what only we can.
 
 Rank 0 prints. The other ranks leave their words in the file that torchrun asks for, which it shows for the rank that failed
-first; without torchrun they print too.
+first; without torchrun they print too, unless rank 0 has the same to say.
 """
 
 import contextlib
@@ -47,7 +47,8 @@ def _report(error: Exception, rank: int) -> None:
     under_torchrun = _ERROR_FILE in os.environ
     if under_torchrun:
         _leave_words(os.environ[_ERROR_FILE], text)
-    if rank == 0 or not (under_torchrun or _notes(error)):
+    # A wrong command line is so on every rank, and so is what ``parallel.together`` has noted a rank on.
+    if rank == 0 or not (under_torchrun or _notes(error) or isinstance(error, UsageError)):
         print(("" if rank == 0 else f"rank {rank}: ") + f"error: {text}", file=sys.stderr, flush=True)
 
 
@@ -67,7 +68,7 @@ def _line(error: Exception) -> str | None:
 
 
 def _notes(error: Exception) -> list[str]:
-    """``parallel.together`` notes which rank an error comes from; such an error is raised on every rank."""
+    """What ``parallel.together`` has noted: which rank the error comes from. It is raised on every rank."""
     return list(getattr(error, "__notes__", ()))
 
 

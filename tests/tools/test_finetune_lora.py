@@ -47,17 +47,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(folder)
 
 
-SIX = (
-    *("--train-iters", 6, "--eval-interval", 3, "--save-interval", 3, "--lora-dropout", 0.1, "--packing"),
+SEVEN = (
+    *("--train-iters", 7, "--eval-interval", 3, "--save-interval", 3, "--lora-dropout", 0.1, "--packing"),
     *("--lr-decay-style", "cosine", "--lr-warmup-iters", 2, "--lora-plus-ratio", 4, "--keep-last", 2),
 )
 
 
 @pytest.fixture(scope="module")
 def straight(files: Files) -> Path:
-    """Six iterations at TP 2 x PP 2 with sequence parallel, without a stop."""
+    """Seven iterations at TP 2 x PP 2 with sequence parallel, without a stop."""
     output = files.folder / "straight"
-    ranks = run(4, [*files.given, *SIX, *TP2_PP2_SP, "--micro-batch-size", 2, "--output", output], files.folder / "log")
+    ranks = run(
+        4, [*files.given, *SEVEN, *TP2_PP2_SP, "--micro-batch-size", 2, "--output", output], files.folder / "log"
+    )
     assert [rank.code for rank in ranks] == [0] * 4, ranks[0].text
     assert [rank.text for rank in ranks[1:]] == [""] * 3
     return output
@@ -67,10 +69,10 @@ def straight(files: Files) -> Path:
 def half(files: Files) -> Path:
     """The first three of the same."""
     output = files.folder / "half"
-    argv = [*files.given, *SIX, *TP2_PP2_SP, "--micro-batch-size", 2, "--output", output, "--exit-interval", 3]
+    argv = [*files.given, *SEVEN, *TP2_PP2_SP, "--micro-batch-size", 2, "--output", output, "--exit-interval", 3]
     ranks = run(4, argv, files.folder / "log-half")
     assert [rank.code for rank in ranks] == [0] * 4, ranks[0].text
-    assert "stopped after iteration 3 of 6" in ranks[0].text and "--resume" in ranks[0].text
+    assert "stopped after iteration 3 of 7" in ranks[0].text and "--resume" in ranks[0].text
     assert not (output / "peft").exists() and (output / "loss.png").exists()
     return output
 
@@ -89,13 +91,13 @@ def test_everything_promised_is_there(straight: Path) -> None:
     assert sorted(path.name for path in straight.iterdir()) == [
         "checkpoints", "config.json", "loss.png", "metrics.jsonl", "peft", "tensorboard"
     ]  # fmt: skip
-    assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == ["iter_0000003", "iter_0000006"]
+    assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == ["iter_0000006", "iter_0000007"]
     records = metrics(straight)
-    assert [record["iteration"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]
-    assert [record["iteration"] for record in records if "eval_loss" in record] == [0, 3, 6]
+    assert [record["iteration"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6, 7]
+    assert [record["iteration"] for record in records if "eval_loss" in record] == [0, 3, 6, 7]
     assert [round(record["lr"], 9) for record in records if "lr" in record][:3] == [0, 0.01, 0.02]
     evaluations = [record["eval_loss"] for record in records if "eval_loss" in record]
-    assert evaluations[2] < evaluations[1] < evaluations[0]
+    assert evaluations == sorted(evaluations, reverse=True)
     config = json.loads((straight / "config.json").read_text())
     assert config["parameters"]["trainable"] == sum(
         tensor.numel() for tensor in load_file(straight / "peft" / "adapter_model.safetensors").values()
@@ -121,15 +123,23 @@ def test_everything_promised_is_there(straight: Path) -> None:
 def test_every_layout_and_micro_batch_gives_the_same_run(
     files: Files, straight: Path, tmp_path: Path, size: int, layout: tuple[Any, ...]
 ) -> None:
-    ranks = run(size, [*files.given, *SIX, *layout, "--output", tmp_path / "run"], tmp_path / "log")
+    ranks = run(size, [*files.given, *SEVEN, *layout, "--output", tmp_path / "run"], tmp_path / "log")
     assert [rank.code for rank in ranks] == [0] * size, ranks[0].text
     assert close(metrics(tmp_path / "run"), metrics(straight))
+
+
+def test_packing_changes_nothing_about_a_sample(files: Files, straight: Path, tmp_path: Path) -> None:
+    ranks = run(1, [*files.given, "--train-iters", 1, "--output", tmp_path / "run"], tmp_path / "log")
+    assert ranks[0].code == 0, ranks[0].text
+    alone, packed = metrics(tmp_path / "run")[0], metrics(straight)[0]
+    assert alone["eval_target_tokens"] == packed["eval_target_tokens"]
+    assert alone["eval_loss"] == pytest.approx(packed["eval_loss"], rel=1e-5)
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(files: Files, straight: Path, half: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(half, output)
-    argv = [*files.given, *SIX, *TP2_PP2_SP, "--micro-batch-size", 2, "--output", output, "--resume"]
+    argv = [*files.given, *SEVEN, *TP2_PP2_SP, "--micro-batch-size", 2, "--output", output, "--resume"]
     ranks = run(4, argv, tmp_path / "log")
     assert [rank.code for rank in ranks] == [0] * 4, ranks[0].text
     assert metrics(output) == metrics(straight)
@@ -144,7 +154,7 @@ def test_a_run_resumes_at_another_layout(files: Files, straight: Path, half: Pat
     # As if it had gone on and was killed: what came after the checkpoint is made again.
     with (output / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 4, "loss": 99.0, "lr": 1, "grad_norm": 1, "tokens": 1, "target_tokens": 1}\n{"itera')
-    ranks = run(2, [*files.given, *SIX, *PP2_VPP2, "--output", output, "--resume"], tmp_path / "log")
+    ranks = run(2, [*files.given, *SEVEN, *PP2_VPP2, "--output", output, "--resume"], tmp_path / "log")
     assert [rank.code for rank in ranks] == [0] * 2, ranks[0].text
     assert close(metrics(output), metrics(straight))
     assert [start["world_size"] for start in json.loads((output / "config.json").read_text())["starts"]] == [4, 2]
@@ -154,9 +164,9 @@ def test_a_finished_run_resumes_to_what_it_lacks(files: Files, straight: Path, t
     output = tmp_path / "run"
     shutil.copytree(straight, output)
     shutil.rmtree(output / "peft")
-    records = [record for record in metrics(output) if record["iteration"] < 6 or "loss" in record]
+    records = [record for record in metrics(output) if record["iteration"] < 7 or "loss" in record]
     (output / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    ranks = run(1, [*files.given, *SIX, "--output", output, "--resume"], tmp_path / "log")
+    ranks = run(1, [*files.given, *SEVEN, "--output", output, "--resume"], tmp_path / "log")
     assert ranks[0].code == 0, ranks[0].text
     assert close(metrics(output), metrics(straight))
     ours, theirs = (path / "peft" / "adapter_model.safetensors" for path in (output, straight))
@@ -222,7 +232,7 @@ def test_a_save_that_fails_leaves_what_is_there(files: Files, half: Path, tmp_pa
     output = tmp_path / "run"
     shutil.copytree(half, output)
     before = {path: path.read_bytes() for path in (output / "checkpoints").rglob("*") if path.is_file()}
-    argv = [*files.given, *SIX, "--output", output, "--resume"]
+    argv = [*files.given, *SEVEN, "--output", output, "--resume"]
     ranks = run(2, argv, tmp_path / "log", before=_small_files_only)
     assert [rank.code for rank in ranks] == [1, 1], ranks[0].text
     assert ranks[0].text.splitlines()[-1].startswith("error: ") and "File too large" in ranks[0].text
@@ -314,8 +324,8 @@ def test_a_resumed_run_with_other_settings_is_refused(files: Files, half: Path, 
     shutil.copytree(half, output)
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     data = write_pairs(tmp_path / "other.jsonl", 50, first=1)
-    changes = ["--data", data, "--lr", 0.01, "--global-batch-size", 4, "--lora-rank", 4, "--train-iters", 7]
-    ranks = run(1, [*files.given, *SIX, *changes, "--output", output, "--resume"], tmp_path / "log")
+    changes = ["--data", data, "--lr", 0.01, "--global-batch-size", 4, "--lora-rank", 4, "--train-iters", 8]
+    ranks = run(1, [*files.given, *SEVEN, *changes, "--output", output, "--resume"], tmp_path / "log")
     assert ranks[0].code == 1
     error = ranks[0].text.splitlines()[-1]
     for part in (
@@ -323,7 +333,7 @@ def test_a_resumed_run_with_other_settings_is_refused(files: Files, half: Path, 
         "--lr was 0.02, is 0.01",
         "--global-batch-size was 8, is 4",
         "LoRA's r was 8, is 4",
-        "--lr-decay-iters was 6, is 7",
+        "--lr-decay-iters was 7, is 8",
     ):
         assert part in error
     assert "--eval-data" not in error and "LoRA's lora_alpha" not in error
@@ -333,7 +343,7 @@ def test_a_resumed_run_with_other_settings_is_refused(files: Files, half: Path, 
 def test_the_last_iteration_may_not_lie_before_the_checkpoint(files: Files, half: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(half, output)
-    argv = [*files.given, *SIX, "--train-iters", 2, "--lr-decay-iters", 6, "--output", output, "--resume"]
+    argv = [*files.given, *SEVEN, "--train-iters", 2, "--lr-decay-iters", 7, "--output", output, "--resume"]
     ranks = run(1, argv, tmp_path / "log")
     assert ranks[0].code == 2 and "is beyond the last iteration, 2" in ranks[0].text
 
