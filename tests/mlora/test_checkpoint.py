@@ -120,7 +120,8 @@ def _load_all(rank: int, sizes: ParallelSizes, folders: dict[str, list[Path]]) -
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_one_layout_saved_another_loads_bit_for_bit(saved: dict[str, Path], layout: str) -> None:
     size, sizes = LAYOUTS[layout]
-    sources = {name: [latest_checkpoint(folder / name) for folder in saved.values()] for name in ADAPTERS}
+    chosen = {name: saved if name == "everything" else ("TP1", "TP4", "TP2xPP2", "PP2xVPP2") for name in ADAPTERS}
+    sources = {name: [latest_checkpoint(saved[source] / name) for source in chosen[name]] for name in ADAPTERS}
     wrong: list[Any] = run_ranks(size, _load_all, sizes, sources, sizes=sizes)
     assert wrong == [[]] * size
 
