@@ -6,6 +6,7 @@ torch on one thread and never starts a process group itself.
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -56,6 +57,7 @@ def _work(
     args: tuple[Any, ...],
 ) -> None:
     faulthandler.enable()
+    gc.freeze()  # Megatron collects garbage when it saves: spare it what came from the parent.
     # A forked child must not look like a torchrun worker of whatever started pytest.
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
