@@ -24,6 +24,7 @@ from tests.tiny import VOCAB, write_model
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ.,:?!"
 LIMIT_S = 100
+Entry = Callable[[Sequence[str]], int]
 
 
 def write_base(path: Path, kind: str = "llama", **changes: Any) -> Path:
@@ -64,7 +65,9 @@ class Finished:
     text: str
 
 
-def _work(rank: int, size: int, port: int, argv: Sequence[str], log: Path, before: Callable[[], None] | None) -> None:
+def _work(
+    rank: int, size: int, port: int, entry: Entry, argv: Sequence[str], log: Path, before: Callable[[], None] | None
+) -> None:
     with log.open("w", buffering=1) as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -82,12 +85,12 @@ def _work(rank: int, size: int, port: int, argv: Sequence[str], log: Path, befor
             before()
         code = 99
         with contextlib.suppress(SystemExit):
-            code = main(list(argv))
+            code = entry(list(argv))
         os._exit(code)
 
 
 class Ranks:
-    """The trainer running on forked ranks.
+    """A command line of ours, the trainer's unless ``entry`` is another, running on forked ranks.
 
     Args:
         size: of the world.
@@ -96,7 +99,14 @@ class Ranks:
         before: called in each rank first.
     """
 
-    def __init__(self, size: int, argv: Sequence[Any], folder: Path, before: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        argv: Sequence[Any],
+        folder: Path,
+        before: Callable[[], None] | None = None,
+        entry: Entry = main,
+    ) -> None:
         context = multiprocessing.get_context("fork")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -107,7 +117,7 @@ class Ranks:
             log.write_text("")
         words = [str(word) for word in argv]
         self.processes = [
-            context.Process(target=_work, args=(rank, size, port, words, self.logs[rank], before))
+            context.Process(target=_work, args=(rank, size, port, entry, words, self.logs[rank], before))
             for rank in range(size)
         ]
         for process in self.processes:
