@@ -117,5 +117,5 @@ def _starts(adapter: LinearAdapter) -> dict[str, int]:
     starts, at = {}, 0
     for part in adapter.parts:
         starts[part] = at
-        at += 0 if adapter.config.shared_A else adapter.ranks[part]
+        at += 0 if adapter.shares_A else adapter.ranks[part]
     return starts

@@ -35,7 +35,7 @@ _RULES: list[_Rule] = [
     (lambda m, a: not m.config.fp32_residual_connection, "the residual stream is fp32"),
     (lambda m, a: not m.config.cpu_offloading, "activations are offloaded to the host"),
     (lambda m, a: getattr(m, "normalization", "RMSNorm") == "RMSNorm", "the norm in front is a layer norm"),
-    (lambda m, a: len(set(a.scaling.values())) == 1 or not a.config.shared_A, "one A has several scalings"),
+    (lambda m, a: len(set(a.scaling.values())) == 1 or not a.shares_A, "one A has several scalings"),
 ]
 
 

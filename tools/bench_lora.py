@@ -26,6 +26,7 @@ from parallel.sizes import ParallelSizes
 
 HIDDEN, FFN, HEADS, GROUPS, WIDTH, LAYERS, VOCAB = 4096, 14336, 32, 8, 128, 32, 128256
 INPUTS = 4  # rotating sets, so that no run finds its input in the cache
+SECTIONS = ("layer", "graph", "shard", "peer", "model")
 Step = Callable[[int], None]
 
 
@@ -197,17 +198,20 @@ def layer_rows(tokens: int, rounds: int) -> dict[str, float]:
     return rows
 
 
-def small_rows(rounds: int) -> dict[str, float]:
-    """1024 tokens with CUDA graphs, and one rank's piece at tensor parallel 8 (compute only)."""
-    short = {
+def graph_rows(rounds: int) -> dict[str, float]:
+    """1024 tokens with CUDA graphs."""
+    steps = {
         name: graphed(layer_step(prepared(Layer(), lora), 1024)) for name, lora in (("f", None), ("l", adapter(16)))
     }
-    pieces = {name: layer_step(prepared(Layer(8), lora), 8192) for name, lora in (("f", None), ("l", adapter(16)))}
-    times, shards = medians(short, rounds, inner=8, ahead_ms=1.0), medians(pieces, rounds, inner=6)
-    return {
-        "layer, 1024 tokens, CUDA graph, LoRA r 16": times["l"] / times["f"],
-        "layer, TP 8 shard shapes, LoRA r 16": shards["l"] / shards["f"],
-    }
+    times = medians(steps, rounds, inner=8, ahead_ms=1.0)
+    return {"layer, 1024 tokens, CUDA graph, LoRA r 16": times["l"] / times["f"]}
+
+
+def shard_rows(rounds: int) -> dict[str, float]:
+    """One rank's piece at tensor parallel 8, compute only."""
+    steps = {name: layer_step(prepared(Layer(8), lora), 8192) for name, lora in (("f", None), ("l", adapter(16)))}
+    times = medians(steps, rounds, inner=6)
+    return {"layer, TP 8 shard shapes, LoRA r 16": times["l"] / times["f"]}
 
 
 def peer_rows(tokens: int, rounds: int) -> dict[str, float]:
@@ -287,28 +291,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192, help="of the decoder layer, default: %(default)s")
     parser.add_argument("--rounds", type=int, default=15, help="of each measurement, default: %(default)s")
-    parser.add_argument(
-        "--layers", type=int, default=LAYERS, help="of the whole model, default: %(default)s; 0 leaves it out"
-    )
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of the whole model, default: %(default)s")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="default: all of them")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("a GPU with Transformer Engine is needed")
+    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "python": platform.python_version()}
+    everything: dict[str, str | float] = dict(about)
+    if not arguments.json:
+        print(", ".join(f"{key} {value}" for key, value in about.items()))
     with distributed(ParallelSizes()):
         set_micro_batch(MicroBatch(step=0, first_row=0))
-        rows = layer_rows(arguments.tokens, arguments.rounds)
-        rows |= small_rows(arguments.rounds)
-        rows |= peer_rows(arguments.tokens, arguments.rounds)
-        if arguments.layers:
-            rows |= model_rows(arguments.tokens, arguments.layers)
-    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "python": platform.python_version()}
+        for section in arguments.sections:
+            rows = _rows(section, arguments)
+            everything |= rows
+            for name, value in () if arguments.json else rows.items():
+                print(f"{name:<52}{value:>12.4f}" if value < 100 else f"{name:<52}{value:>12.0f}", flush=True)
     if arguments.json:
-        print(json.dumps({**about, **rows}, indent=1))
-        return 0
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    for name, value in rows.items():
-        print(f"{name:<52}{value:>12.4f}" if value < 100 else f"{name:<52}{value:>12.0f}")
+        print(json.dumps(everything, indent=1))
     return 0
+
+
+def _rows(section: str, arguments: argparse.Namespace) -> dict[str, float]:
+    if section == "layer":
+        return layer_rows(arguments.tokens, arguments.rounds)
+    if section == "graph":
+        return graph_rows(arguments.rounds)
+    if section == "shard":
+        return shard_rows(arguments.rounds)
+    if section == "peer":
+        return peer_rows(arguments.tokens, arguments.rounds)
+    return model_rows(arguments.tokens, arguments.layers)
 
 
 if __name__ == "__main__":
