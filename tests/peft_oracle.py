@@ -1,7 +1,7 @@
 """The runs of :mod:`tests.training` by Hugging Face alone: PEFT, torch's AdamW, transformers' schedules, in one process.
 
-Every sample is a row of its own, so that whatever packing does has to come out in the wash. Nothing of mlora computes here but
-the dropout mask: PEFT draws one from torch's generator, which no sharded run can repeat, so its dropout modules get ours.
+Every sample is a row of its own, also where the run packs several into one. Nothing of mlora computes here but the dropout mask:
+PEFT draws its own from torch's generator, which no sharded run can repeat, so its dropout modules get ours.
 """
 
 import hashlib
@@ -93,7 +93,7 @@ def train_with_peft(path: Path, case: Case, initial: dict[str, torch.Tensor]) ->
             if isinstance(module, OurDropout):
                 module.step = iteration
         optimizer.zero_grad()
-        loss = _loss(model, [sample for row in global_batch(case.packed, iteration) for sample in row])
+        loss = _loss(model, global_batch(case.packed, iteration))
         loss.backward()
         limit = case.optimizer.clip_grad or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(trainable, limit)

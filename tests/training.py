@@ -115,9 +115,10 @@ class Share:
     optimizer_elements: int
 
 
-def samples(count: int, longest: int, seed: int = 5) -> list[Sample]:
-    """Random samples of 3 to ``longest`` tokens, about half of them targets."""
-    random = np.random.default_rng(seed)
+def samples(packed: bool) -> list[Sample]:
+    """Random samples, about half of their tokens targets: up to as long as a row, or short ones to pack."""
+    count, longest = (60, LENGTH // 2) if packed else (20, LENGTH + 1)
+    random = np.random.default_rng(5)
     made = []
     for length in random.integers(3, longest + 1, count):
         is_target = random.random(length) < 0.5
@@ -128,9 +129,7 @@ def samples(count: int, longest: int, seed: int = 5) -> list[Sample]:
 
 def rows(packed: bool) -> Rows:
     """The rows of the data."""
-    if packed:
-        return packed_rows(samples(60, LENGTH // 2), LENGTH, PADDING)
-    return single_rows(samples(20, LENGTH + 1), LENGTH, PADDING)
+    return (packed_rows if packed else single_rows)(samples(packed), LENGTH, PADDING)
 
 
 def plan(data: Rows) -> BatchPlan:
@@ -138,11 +137,10 @@ def plan(data: Rows) -> BatchPlan:
     return BatchPlan(num_rows=len(data), global_batch_size=ROWS, seed=11)
 
 
-def global_batch(packed: bool, iteration: int) -> list[list[Sample]]:
-    """The samples of each row of a global batch."""
-    data = rows(packed)
-    made = samples(60, LENGTH // 2) if packed else samples(20, LENGTH + 1)
-    return [[made[sample] for sample in data.bins[row]] for row in plan(data).rows(iteration)]
+def global_batch(packed: bool, iteration: int) -> list[Sample]:
+    """All samples of a global batch."""
+    data, made = rows(packed), samples(packed)
+    return [made[sample] for row in plan(data).rows(iteration) for sample in data.bins[row]]
 
 
 def adapt(path: Path, case: Case, sizes: ParallelSizes) -> list[torch.nn.Module]:
