@@ -513,6 +513,25 @@ def test_verification_notices_a_wrong_result(
         do(base, adapter, tmp_path / "unseen", verified=False, replace=True)
 
 
+def test_verification_notices_a_unit_in_the_last_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a second rounding would leave: here, in every element of a matrix."""
+    write_base(tmp_path / "base", dtype=torch.bfloat16)
+    write_peft(tmp_path / "a", tmp_path / "base", target_modules=["q_proj"])
+    write_beside = merging.write_beside
+
+    def spoil(*arguments: Any) -> None:
+        for path in arguments[-1].glob("*.safetensors"):
+            tensors = load_file(path)
+            if f"{Q0}.weight" in tensors:
+                tensors[f"{Q0}.weight"] = (tensors[f"{Q0}.weight"].view(torch.int16) + 1).view(torch.bfloat16)
+                save_file(tensors, path)
+        write_beside(*arguments)
+
+    monkeypatch.setattr(merging, "write_beside", spoil)
+    with pytest.raises(ValueError, match="where W \\+ delta is"):
+        do(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+
+
 def test_verification_notices_a_delta_of_the_wrong_scale(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
