@@ -62,9 +62,15 @@ def _line(error: Exception) -> str | None:
         return message
     if isinstance(error, ValueError | AssertionError | RuntimeError) and module in _CHECKS:
         return message
-    if isinstance(error, RuntimeError) and module.startswith("torch.distributed"):
+    if _is_lost_contact(error):
         return f"another rank has ended or cannot be reached; checkpoints that are complete stay usable ({message})"
     return None
+
+
+def _is_lost_contact(error: Exception) -> bool:
+    """Whether a collective failed: NCCL's errors have a class for it, gloo's only the place in its source that they name."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in names or ("RuntimeError" in names and "/gloo/" in str(error))
 
 
 def _notes(error: Exception) -> list[str]:

@@ -5,6 +5,7 @@ is tested with torchrun.
 """
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -68,6 +69,7 @@ class Finished:
 def _work(
     rank: int, size: int, port: int, entry: Entry, argv: Sequence[str], log: Path, before: Callable[[], None] | None
 ) -> None:
+    gc.freeze()  # Megatron collects garbage when it saves: spare it what came from the parent.
     with log.open("w", buffering=1) as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

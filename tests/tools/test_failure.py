@@ -41,6 +41,16 @@ def test_a_run_that_succeeds_prints_nothing(capsys: pytest.CaptureFixture[str]) 
         (FileNotFoundError(2, "No such file or directory", "d.jsonl"), 1, "No such file or directory: 'd.jsonl'\n"),
         (FloatingPointError("the loss of iteration 3 is nan"), 1, "error: the loss of iteration 3 is nan\n"),
         (torch.OutOfMemoryError("CUDA out of memory."), 1, "error: CUDA out of memory.\n"),
+        (
+            RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed"),
+            1,
+            "stay usable ([/x/gloo/transport/tcp/pair.cc:553] Connection closed)\n",
+        ),
+        (
+            torch.distributed.DistBackendError("NCCL error"),
+            1,
+            "checkpoints that are complete stay usable (NCCL error)\n",
+        ),
         (noted(OSError("disk full"), 3), 1, "error: disk full (on rank 3)\n"),
         (noted(OSError("disk full"), 0), 1, "error: disk full\n"),
     ],
