@@ -1,14 +1,22 @@
 """The norm is torch's, and says what sequence parallelism needs to know."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from parallel.cpu import megatron_on_cpu
 from parallel.norm import SequenceParallelRMSNorm
 from parallel.sizes import ParallelSizes
 from tests import gpt
+
+
+@pytest.fixture(autouse=True)
+def on_cpu() -> Iterator[None]:
+    with megatron_on_cpu():
+        yield
 
 
 def config(**changes: Any) -> TransformerConfig:
