@@ -9,4 +9,5 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 bash "$root/tools/venv.sh" "$root/.venv" train,peft
 cd "$root"
-exec "$root/.venv/bin/python" tools/quickstart.py "$@"
+# Megatron warns at import of every optional package that is not there.
+exec "$root/.venv/bin/python" -W ignore::UserWarning tools/quickstart.py "$@"
