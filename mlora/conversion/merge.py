@@ -3,7 +3,7 @@
     W' = round(W + Σ weight · scaling · B A)            with DoRA: W' = round(m / ||W + scaling · B A|| · (W + scaling · B A))
 
 The arithmetic is float32 (float64 where a tensor is), with one rounding, to the dtype of the result. Memory is that of a block of
-rows and of one module's factors, whatever the size of a shard or of a tensor.
+rows for each thread and of one module's factors, whatever the size of a shard or of a tensor.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from mlora.conversion.plan import plan
 from mlora.conversion.shards import Progress, ShardWriter
 from mlora.conversion.state import AdapterState
 from mlora.conversion.verify import Verification, verify
+from mlora.conversion.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,10 @@ def merge(
     todo = plan(model, adapters)
     sources = tuple(state.source for state, _ in adapters)
     with new_directory(output, replace=replace, marker=CONFIG_FILE, keep=(model.path, *sources)) as partial:
-        writer = ShardWriter(model, todo, dtype, torch.device(device), progress)
-        for name in model.files:
-            writer.write(name, partial / name)
+        with Workers() as workers:
+            writer = ShardWriter(model, todo, dtype, torch.device(device), workers, progress)
+            for name in model.files:
+                writer.write(name, partial / name)
         if not writer.changed:
             raise ValueError("the result equals the base: the adapters are zero in every module")
         write_beside(model, writer.layouts, dtype, todo.unties, partial)

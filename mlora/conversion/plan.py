@@ -28,13 +28,11 @@ class Change:
     terms: tuple[Term, ...] = ()
     start: LazyTensor | None = None
 
-    def blocks(
-        self, base: BaseModel, elements: int, buffer: torch.Tensor | None = None
-    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    def blocks(self, base: BaseModel, elements: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(number of the first row, rows of the base, rows to start from), in blocks of about ``elements``."""
         start = None if self.start is None else self.start.load()
-        for first, rows in base.file(self.source).blocks(self.source, elements, buffer):
-            yield first, rows, rows if start is None else start[first : first + len(rows)] if rows.ndim else start
+        for span, rows in base.file(self.source).blocks(self.source, elements):
+            yield span.first, rows, rows if start is None else span.of(start)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,9 @@ Tensors are read with plain reads, by rows where wanted. Pages of a mapped file 
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +58,25 @@ class Entry:
         return self.end - self.begin
 
 
+@dataclass(frozen=True)
+class Span:
+    """Rows of a tensor.
+
+    Attributes:
+        first: number of the first one.
+        count: how many.
+        nbytes: that they take.
+    """
+
+    first: int
+    count: int
+    nbytes: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """These rows of a tensor; a number is a row of its own."""
+        return tensor[self.first : self.first + self.count] if tensor.ndim else tensor
+
+
 class SafetensorsFile:
     """The header of a safetensors file, and its tensors on demand.
 
@@ -104,72 +121,55 @@ class SafetensorsFile:
             raise ValueError(f"{self.path}: {key} is stored as {name}, which cannot be read")
         return DTYPES[name]
 
-    def read(
-        self, key: str, first: int = 0, count: int | None = None, buffer: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """A tensor, or ``count`` of its rows (slices of dim 0) from ``first`` on.
+    def read(self, key: str, span: Span | None = None, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """A tensor, or some of its rows (slices of dim 0).
 
         Args:
-            buffer: bytes to read into and return a view of; for many pieces, memory that is in use is faster than new memory.
+            buffer: bytes, as many as are read, to read into and return a view of.
 
         Raises:
             ValueError: the file ends early, or torch has no such dtype.
         """
         entry, dtype = self.entries[key], self.dtype(key)
-        shape, begin, size = entry.shape, entry.begin, entry.nbytes
-        if count is not None:
-            row = size // max(shape[0], 1)
-            shape, begin, size = (count, *shape[1:]), begin + first * row, count * row
-        buffer = torch.empty(size, dtype=torch.uint8) if buffer is None else buffer[:size]
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(begin)
-            self._fill(file, memoryview(buffer.numpy().data), key)
+        shape, at, size = entry.shape, 0, entry.nbytes
+        if span is not None and shape:
+            shape, at, size = (span.count, *shape[1:]), span.first * (size // max(shape[0], 1)), span.nbytes
+        buffer = torch.empty(size, dtype=torch.uint8) if buffer is None else buffer
+        self.read_bytes(key, at, buffer)
         return buffer.view(dtype).view(shape)
 
-    def block_bytes(self, key: str, elements: int) -> int:
-        """Bytes of a block of :meth:`blocks`."""
+    def read_bytes(self, key: str, at: int, buffer: torch.Tensor) -> None:
+        """Fill ``buffer`` with bytes of a tensor, whatever its dtype, from its byte ``at`` on."""
+        view, done = memoryview(buffer.numpy().data), 0
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.entries[key].begin + at)
+            while done < len(view):
+                got = file.readinto(view[done:])
+                if not got:
+                    raise ValueError(f"{self.path} ends inside {key}")
+                done += got
+
+    def spans(self, key: str, elements: int) -> Iterator[Span]:
+        """The rows of a tensor in pieces of about ``elements`` elements, at least one row; a number counts as one row."""
         entry = self.entries[key]
         rows = entry.shape[0] if entry.shape else 1
-        return min(rows, _rows_per_block(entry, elements)) * (entry.nbytes // max(rows, 1))
+        count = max(1, elements // max(1, math.prod(entry.shape[1:])))
+        for first in range(0, rows, count):
+            here = min(count, rows - first)
+            yield Span(first, here, here * (entry.nbytes // rows))
 
-    def blocks(self, key: str, elements: int, buffer: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor]]:
-        """(number of the first row, rows) of a tensor in blocks of about ``elements``, at least one row.
-
-        Args:
-            buffer: bytes, :meth:`block_bytes` of them, that every block is read into.
-        """
-        entry = self.entries[key]
-        if not entry.shape:
-            yield 0, self.read(key)
-            return
-        count = _rows_per_block(entry, elements)
-        for first in range(0, entry.shape[0], count):
-            yield first, self.read(key, first, min(count, entry.shape[0] - first), buffer)
-
-    @contextmanager
-    def bytes_of(self, key: str) -> Iterator[Callable[[torch.Tensor], None]]:
-        """A function that fills a byte tensor with the next bytes of a tensor, whatever its dtype."""
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.entries[key].begin)
-            yield lambda buffer: self._fill(file, memoryview(buffer.numpy().data), key)
+    def blocks(self, key: str, elements: int) -> Iterator[tuple[Span, torch.Tensor]]:
+        """(place, rows) of a tensor, in pieces as :meth:`spans` cuts them."""
+        for span in self.spans(key, elements):
+            yield span, self.read(key, span)
 
     def pieces(self, key: str) -> Iterator[torch.Tensor]:
         """The bytes of a tensor, whatever its dtype, in pieces of 1 MiB that share their memory."""
-        left, buffer = self.entries[key].nbytes, torch.empty(1 << 20, dtype=torch.uint8)
-        with self.bytes_of(key) as fill:
-            while left:
-                piece = buffer[: min(left, len(buffer))]
-                fill(piece)
-                yield piece
-                left -= len(piece)
-
-    def _fill(self, file: FileIO, view: memoryview, key: str) -> None:
-        at = 0
-        while at < len(view):
-            got = file.readinto(view[at:])
-            if not got:
-                raise ValueError(f"{self.path} ends inside {key}")
-            at += got
+        size, buffer = self.entries[key].nbytes, torch.empty(1 << 20, dtype=torch.uint8)
+        for at in range(0, size, len(buffer)):
+            piece = buffer[: min(len(buffer), size - at)]
+            self.read_bytes(key, at, piece)
+            yield piece
 
     def lazy(self, key: str) -> LazyTensor:
         """A tensor for later."""
@@ -189,10 +189,6 @@ def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> b
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def _rows_per_block(entry: Entry, elements: int) -> int:
-    return max(1, elements // max(1, math.prod(entry.shape[1:])))
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:

@@ -89,15 +89,15 @@ def test_what_is_wrong_is_one_line(
 
 
 def _merge_slowly(words: list[str], writing: Event) -> None:
-    """In a child process: a merge that stops, for a long time, at the first rows that it writes."""
+    """In a child process: a merge that takes its time over each row."""
     os.setsid()
 
     def slow(tensor: torch.Tensor) -> bool:
         writing.set()
-        time.sleep(30)
+        time.sleep(0.5)
         return True
 
-    shards.is_finite = slow
+    shards.is_finite, shards.BLOCK = slow, 1
     sys.exit(main(words))
 
 

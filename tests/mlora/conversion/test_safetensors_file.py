@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mlora.conversion import safetensors_file
-from mlora.conversion.safetensors_file import SafetensorsFile, header_bytes
+from mlora.conversion.safetensors_file import SafetensorsFile, Span, header_bytes
 
 TENSORS = {
     "wide": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -46,13 +46,16 @@ def test_every_tensor_is_read_as_the_library_reads_it(written: Path) -> None:
 
 def test_rows_and_blocks(written: Path) -> None:
     file = SafetensorsFile(written)
-    assert torch.equal(file.read("wide", 1, 2), TENSORS["wide"][1:])
+    assert torch.equal(file.read("wide", Span(1, 2, 32)), TENSORS["wide"][1:])
     for elements in (1, 4, 8, 100):
-        buffer = torch.empty(file.block_bytes("wide", elements), dtype=torch.uint8)
-        blocks = [(first, rows.clone()) for first, rows in file.blocks("wide", elements, buffer)]
+        blocks = list(file.blocks("wide", elements))
         assert torch.equal(torch.cat([rows for _, rows in blocks]), TENSORS["wide"])
-        assert [first for first, _ in blocks] == list(range(0, 3, max(1, elements // 4)))
+        assert [span.first for span, _ in blocks] == list(range(0, 3, max(1, elements // 4)))
+        assert [span.nbytes for span in file.spans("wide", elements)] == [rows.nbytes for _, rows in blocks]
     assert [rows.item() for _, rows in file.blocks("number", 10)] == [3]
+    buffer = torch.empty(6, dtype=torch.uint8)
+    rows = file.read("half", Span(2, 1, 6), buffer)
+    assert torch.equal(rows, TENSORS["half"][2:3]) and rows.untyped_storage().data_ptr() == buffer.data_ptr()
 
 
 def test_the_header_is_made_as_the_library_makes_it(written: Path) -> None:
