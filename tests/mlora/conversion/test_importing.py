@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import mlora
@@ -25,10 +23,11 @@ from mlora.logits import whole_logits
 from mlora.model import build_model
 from mlora.pretrained import Pretrained
 from parallel.sizes import ParallelSizes
-from tests import gpt
-from tests.mlora.conversion.adapters import PREFIX, config_of, tensors_of, write_adapter, write_peft as write_with_peft
+from tests import gpt, training
+from tests.mlora.conversion.adapters import write_peft as write_with_peft
+from tests.peft_oracle import exported_logits, train_with_peft
 from tests.ranks import run_ranks
-from tests.tiny import HIDDEN, LAYERS, VOCAB, tokens, write_model
+from tests.tiny import VOCAB, tokens, write_model
 
 SIZES = ParallelSizes(tensor=2, pipeline=2)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -46,10 +45,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"k_proj": 3, r"layers\.[12]\.self_attn\.v_proj": 5, "^model.layers.3.mlp.down_proj": 1},
         "alpha_pattern": {"q_proj": 1.5, r"layers\.0\..*": 7},
     },
-    "patterns-rslora": {"target_modules": ALL, "lora_alpha": 1, "use_rslora": True, "rank_pattern": {"o_proj": 7}, "alpha_pattern": {"up_proj": 3}},
+    "patterns-rslora": {
+        "target_modules": ALL, "lora_alpha": 1, "use_rslora": True, "rank_pattern": {"o_proj": 7}, "alpha_pattern": {"up_proj": 3},
+    },
     "layers": {"target_modules": ["o_proj", "gate_proj"], "layers_to_transform": [1, 2], "layers_pattern": "layers"},
     "one": {"target_modules": ["model.layers.2.mlp.up_proj"], "init_lora_weights": "gaussian"},
-    "uneven": {"target_modules": ["layers.0.self_attn.q_proj", "layers.3.self_attn.k_proj", "down_proj"], "exclude_modules": ["layers.1.mlp.down_proj"]},
+    "uneven": {
+        "target_modules": ["layers.0.self_attn.q_proj", "layers.3.self_attn.k_proj", "down_proj"],
+        "exclude_modules": ["layers.1.mlp.down_proj"],
+    },
 }  # fmt: skip
 
 
@@ -179,25 +183,93 @@ def test_another_layout_saves_the_same_adapter(adapters: Path, trained: Any, tmp
     ]
 
 
-def _train_fused(rank: int, base: Path, native: Path, saved: Path) -> torch.Tensor:
-    pretrained = Pretrained.open(base)
-    config = LoraConfig.from_json(native / "adapter_config.json")
-    chunks = mlora.apply(build_model(pretrained, SIZES), config, family=pretrained.family)
-    load_checkpoint(native, chunks)
-    save_checkpoint(saved, chunks, base={"path": str(base)})
-    return whole_logits(chunks, tokens(1, 16), VOCAB)
+FAMILIES = ["llama3.1", "qwen2-tied", "qwen3", "mistral-window", "phi3", "gemma2", "gemma3", "olmo2"]
+FUSED = {"target_modules": ["qkv_proj", "gate_up_proj", "o_proj"], "rank_pattern": {"qkv_proj": 3}}
 
 
-def test_fused_modules_are_divided_and_joined(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base of each family, and with its adapter."""
+    folder = tmp_path_factory.mktemp("families")
+    for number, kind in enumerate(FAMILIES):
+        base = write_model(folder / "base" / kind, kind)
+        config = FUSED if kind.startswith("phi3") else {"target_modules": ALL, "rank_pattern": {"v_proj": 3}}
+        write_with_peft(folder / "peft" / kind, base, seed=number, lora_alpha=1, use_rslora=True, **config)
+        write_import(plan_import(open_adapter(folder / "peft" / kind), Pretrained.open(base)), folder / "native" / kind)
+    return folder
+
+
+def _both_ways(rank: int, folder: Path, saved: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """By family the logits of its imported adapter, and those of another one, which is saved."""
+    found = {}
+    for kind in FAMILIES:
+        base = Pretrained.open(folder / "base" / kind)
+        config = LoraConfig.from_json(folder / "native" / kind / "adapter_config.json")
+        chunks = mlora.apply(build_model(base, SIZES), config, family=base.family)
+        load_checkpoint(folder / "native" / kind, chunks)
+        logits = whole_logits(chunks, tokens(1, 32), VOCAB)
+        gpt.fill_adapter(chunks)
+        save_checkpoint(saved / kind, chunks, base={"path": str(base.path)})
+        found[kind] = logits, whole_logits(chunks, tokens(1, 32), VOCAB)
+    return found
+
+
+@pytest.fixture(scope="module")
+def both_ways(families: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    saved = tmp_path_factory.mktemp("saved")
+    return saved, run_ranks(4, _both_ways, families, saved, sizes=SIZES)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_in_both_directions(families: Path, both_ways: Any, tmp_path: Path, kind: str) -> None:
+    """PEFT's logits of what is imported, and our logits of what is exported, in PEFT."""
+    from peft import PeftModel, set_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    saved, ranks = both_ways
+    exported = _export(saved / kind, tmp_path / "out")
+    for adapter, number in ((families / "peft" / kind, 0), (tmp_path / "out", 1)):
+        model: Any = AutoModelForCausalLM.from_pretrained(families / "base" / kind, attn_implementation="eager")
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+        with torch.no_grad():
+            wanted = model(tokens(1, 32)).logits
+        for found in ranks:
+            assert (found[kind][number] - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    result = set_peft_model_state_dict(model, exported)
+    assert result.unexpected_keys == [] and not any("lora_" in key for key in result.missing_keys)
+
+
+def test_fused_modules_are_divided_and_joined(families: Path, tmp_path: Path) -> None:
     """Phi 3's qkv_proj and gate_up_proj are one module each: one A, and B's rows are those of the parts one after the other."""
-    base = write_model(tmp_path / "base", "phi3")
-    theirs = write_with_peft(tmp_path / "peft", base, target_modules=["qkv_proj", "gate_up_proj", "o_proj"], rank_pattern={"qkv_proj": 3})
-    write_import(plan_import(open_adapter(tmp_path / "peft"), Pretrained.open(base)), tmp_path / "native")
-    logits = run_ranks(4, _train_fused, base, tmp_path / "native", tmp_path / "saved", sizes=SIZES)
-    with torch.no_grad():
-        wanted = theirs(tokens(1, 16)).logits
-    for found in logits:
-        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
-    for number, checkpoint in enumerate((tmp_path / "native", tmp_path / "saved")):
-        ours = _export(checkpoint, tmp_path / str(number))
-        assert_same(ours, load_file(tmp_path / "peft" / "adapter_model.safetensors"))
+    ours = _export(families / "native" / "phi3", tmp_path / "out")
+    assert_same(ours, load_file(families / "peft" / "phi3" / "adapter_model.safetensors"))
+    found = open_adapter(families / "native" / "phi3").by_name["model.layers.1.self_attn.qkv_proj"]
+    assert found.rank == 3 and found.A.key == "adapter.decoder.layers.1.self_attention.linear_qkv.shared.lora_A"
+
+
+TP2 = ParallelSizes(tensor=2, sequence_parallel=True)
+
+
+def _go_on(rank: int, base: Path, native: Path, saved: Path, case: training.Case) -> training.Share:
+    chunks = training.adapt(base, case, TP2)
+    load_checkpoint(native, chunks)
+    share = training.train(chunks, case, training.Layout(2, TP2, 4))
+    save_checkpoint(saved, chunks, iteration=case.steps, base={"path": str(base)})
+    return share
+
+
+def test_training_goes_on_as_in_peft(adapters: Path, base: Path, tmp_path: Path) -> None:
+    """Losses, gradients and weights of two more steps, at another layout, are PEFT's; so are the answers of what is exported."""
+    name = "patterns"
+    config = LoraConfig.from_json(adapters / "native" / name / "adapter_config.json")
+    case = training.Case(lora=config, steps=2)
+    shares = run_ranks(2, _go_on, base, adapters / "native" / name, tmp_path / "saved", case, sizes=TP2)
+    initial = load_file(adapters / "peft" / name / "adapter_model.safetensors")
+    ours, theirs = training.join(shares), train_with_peft(base, case, initial)
+    assert training.failures(ours, theirs) == {}
+    for profile in ("peft", "portable", "sglang"):
+        exported = _export(tmp_path / "saved", tmp_path / profile, profile, base=Pretrained.open(base))
+        logits = exported_logits(base, tmp_path / profile)
+        assert (logits - ours.logits_after).abs().max() < 1e-4 * logits.abs().max()
+        if profile == "peft":
+            assert_same(exported, ours.final)
