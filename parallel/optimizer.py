@@ -54,20 +54,29 @@ def _own_hyperparameters(optimizer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def saveable(optimizer: Any) -> Iterator[None]:
-    """While it lasts, every rank can make the optimizer's state dict. Collective over the world."""
-    inner = _inner(optimizer)
+    """While it lasts, every rank can make the optimizer's state dict, and all say the same step. Collective over the world."""
+    inner, groups = _inner(optimizer), optimizer.param_groups
     steps = [float(state["step"]) for part in inner for state in part.state.values()]
+    steps += [float(group["step"]) for group in groups if "step" in group]  # Transformer Engine's and Apex's Adam
     latest = torch.tensor(max(steps, default=0.0), device=torch.cuda.current_device())
     dist.all_reduce(latest, op=dist.ReduceOp.MAX)
     empty = [part for part in inner if not part.state]
     for part in empty:
         part.state[_PLACEHOLDER] = {"step": latest.cpu()}  # type: ignore[index]
+    # Rank 0's groups are the ones that are saved; where it holds no parameter, they would know no step.
+    counting = [
+        number for number, group in enumerate(groups) if distrib_optimizer.HAVE_APEX_OR_TE and "step" not in group
+    ]
+    for number in counting:
+        groups[number]["step"] = int(latest)
     try:
         with _own_hyperparameters(optimizer):
             yield
     finally:
         for part in empty:
             part.state.pop(_PLACEHOLDER, None)  # type: ignore[call-overload]
+        for number in counting:
+            optimizer.param_groups[number].pop("step", None)
         for _, held in _torch_states(optimizer):
             # A count of its own: Megatron leaves all parameters one, which each of them would advance.
             held["step"] = held["step"].clone()

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 
 from parallel.optimizer import _inner, allocate_adam_state, load, saveable
@@ -181,3 +182,24 @@ def error_inside(rank: int, sizes: ParallelSizes) -> None:
 def test_an_error_while_saving_leaves_the_optimizer_as_it_was() -> None:
     sizes = ParallelSizes(pipeline=2)
     run_ranks(2, error_inside, sizes, sizes=sizes)
+
+
+class Counting:
+    """What ``saveable`` sees of an optimizer of Transformer Engine's: it counts in the groups that have parameters."""
+
+    def __init__(self, *steps: int | None) -> None:
+        self.param_groups = [{"params": [], "lr": 1.0} | ({} if step is None else {"step": step}) for step in steps]
+
+
+def _counts(rank: int) -> tuple[list[Any], list[Any]]:
+    optimizer = Counting(None, None) if rank == 0 else Counting(7, None)
+    with patch.object(distrib_optimizer, "HAVE_APEX_OR_TE", True):
+        with saveable(optimizer):
+            during = [group.get("step") for group in optimizer.param_groups]
+        return during, [group.get("step") for group in optimizer.param_groups]
+
+
+def test_groups_that_count_say_the_same_step_on_every_rank() -> None:
+    first, second = run_ranks(2, _counts, sizes=ParallelSizes(pipeline=2))
+    assert first == ([7, 7], [None, None])
+    assert second == ([7, 7], [7, None])
