@@ -7,7 +7,8 @@
 | replicated | [r, in], replicated | [out, r], replicated |
 
 p runs over the projections that the linear fuses (q, k, v; gate, up; whole). A rank that holds no row of p (fewer query groups
-than ranks) has no lora_B[p]. With ``shared_A`` there is one lora_A, named "shared".
+than ranks) has no lora_B[p]. With ``shared_A``, or if Hugging Face's module is fused too (Phi 3's ``qkv_proj``), there is one
+lora_A, named "shared".
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -63,6 +64,8 @@ class LinearAdapter(torch.nn.Module):
     Attributes:
         parts: the projections, in the layout's order.
         hf_names: of each projection, its full path in Hugging Face's model.
+        hf_rows: of each projection, its first row in that module: 0 unless several projections are one module.
+        shares_A: one A stands for all projections.
         ranks, scaling: of each projection.
 
     Raises:
@@ -77,13 +80,16 @@ class LinearAdapter(torch.nn.Module):
         by_part = {target.projection.part: target for target in targets}
         self.parts = [part for part, _ in layout.parts if part in by_part]
         self.hf_names = {part: by_part[part].projection.hf_name for part in self.parts}
+        is_one_module = len(self.parts) > 1 and len(set(self.hf_names.values())) == 1
+        self.shares_A = config.shared_A or is_one_module
+        self.hf_rows = _starts(layout) if is_one_module else dict.fromkeys(self.parts, 0)
         self.ranks = {part: by_part[part].rank for part in self.parts}
         self.scaling = {part: config.scaling(by_part[part].rank, by_part[part].alpha) for part in self.parts}
-        if config.shared_A and len(set(self.ranks.values())) > 1:
+        if self.shares_A and len(set(self.ranks.values())) > 1:
             raise ValueError(f"{layout.name}: shared_A needs one rank for all its projections, not {self.ranks}")
         self.lora_A = _Factors()
         self.lora_B = _Factors()
-        for part in [SHARED] if config.shared_A else self.parts:
+        for part in [SHARED] if self.shares_A else self.parts:
             self.lora_A[part] = self._new_A(part, base.device)
         for part in self.parts:
             if layout.part_rows(part)[1]:
@@ -141,9 +147,9 @@ class LinearAdapter(torch.nn.Module):
     def fused(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(A, B) of the whole fused linear on this rank: [R, in_l] with the scaling in it, and [out_l, R] with zeros between parts.
 
-        R is the sum of the projections' ranks, or the one rank with ``shared_A``.
+        R is the sum of the projections' ranks, or the one rank of a shared A.
         """
-        if self.config.shared_A:
+        if self.shares_A:
             # Scalings may differ between the projections, so here they go into B.
             return self.lora_A[SHARED], self._fused_B({part: (0, self.scaling[part]) for part in self.parts})
         A = [self.lora_A[part] * self.scaling[part] for part in self.parts]
@@ -174,7 +180,7 @@ class LinearAdapter(torch.nn.Module):
         rows = sum(segment.length for segment in self.layout.segments)
         whole = torch.zeros(rows, self.layout.columns[1], dtype=wide, device=device)
         for part, lora_B in self.lora_B.items():
-            lora_A = self.lora_A[SHARED if self.config.shared_A else part]
+            lora_A = self.lora_A[SHARED if self.shares_A else part]
             # σ after widening: in bfloat16 it would round A once more.
             whole[self.index(part)] = lora_B.detach().to(wide) @ lora_A.detach().to(wide) * self.scaling[part]
         return whole
@@ -187,6 +193,15 @@ class LinearAdapter(torch.nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _starts(layout: LinearLayout) -> dict[str, int]:
+    """First row of each projection where they lie one after the other."""
+    starts, at = {}, 0
+    for part, rows in layout.parts:
+        starts[part] = at
+        at += rows
+    return starts
 
 
 class AdapterBank(torch.nn.Module):

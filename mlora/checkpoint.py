@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "adapter_config.json"
 INFO_FILE = "mlora.json"
 PREFIX = "adapter."
-_FORMAT = 1
+FORMAT = 1
 _ITERATION = re.compile(r"iter_(\d{7,})")
 # The optimizer's layout in the file: one tensor a parameter, so that it loads at any layout.
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -224,8 +224,8 @@ def read_info(checkpoint: str | Path) -> dict[str, Any]:
         info: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if info.get("format") != _FORMAT:
-        raise ValueError(f"{path}: format {info.get('format')!r}; this version reads format {_FORMAT}")
+    if info.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {info.get('format')!r}; this version reads format {FORMAT}")
     return info
 
 
@@ -257,14 +257,14 @@ def _parallel() -> dict[str, int]:
 def _info(model: Model, adapter_name: str, iteration: int, base: Mapping[str, Any] | None) -> dict[str, Any]:
     adapters: list[LinearAdapter] = [a for bank in banks(model) if (a := bank.adapter(adapter_name)) is not None]
     rows = {
-        json.dumps([a.layout.name, part, a.hf_names[part], a.ranks[part], a.scaling[part]])
+        json.dumps([a.layout.name, part, a.hf_names[part], a.hf_rows[part], a.ranks[part], a.scaling[part]])
         for a in adapters
         for part in a.parts
     }
-    names = ("module", "part", "hf_name", "rank", "scaling")
+    names = ("module", "part", "hf_name", "hf_row", "rank", "scaling")
     projections = [dict(zip(names, json.loads(row), strict=True)) for row in sorted(union_over_stages(rows))]
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "adapter_name": adapter_name,
         "iteration": iteration,
         "parallel": _parallel(),

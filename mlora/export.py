@@ -29,38 +29,40 @@ Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 @dataclass(frozen=True)
 class Projection:
-    """One of the ``projections`` of a checkpoint's ``mlora.json``."""
+    """One of the ``projections`` of a checkpoint's ``mlora.json``; ``hf_row`` is its first row in the Hugging Face module."""
 
     module: str
     part: str
     hf_name: str
     rank: int
     scaling: float
+    hf_row: int = 0
 
 
 @dataclass(frozen=True)
 class PeftTensor:
-    """One tensor of the PEFT file and how it comes from a native matrix.
+    """One tensor of the PEFT file and how it comes from native matrices.
 
     Attributes:
         name: in the PEFT file.
-        source: key in the native checkpoint.
+        sources: keys in the native checkpoint: of one matrix, or of the B of each part of a fused module, in order of rows.
         shape: A is [r, in], B [out, r], r being the one rank of the file.
         factor: that the matrix is multiplied with.
     """
 
     name: str
-    source: str
+    sources: tuple[str, ...]
     shape: tuple[int, int]
     dtype: torch.dtype
     factor: float
 
-    def of(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The tensor, from the native matrix of the same or a smaller rank.
+    def of(self, *matrices: torch.Tensor) -> torch.Tensor:
+        """The tensor, from the native matrices of the same or a smaller rank.
 
         Raises:
             ValueError: the result is not finite.
         """
+        matrix = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
         if self.factor != 1.0:
             matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32)) * self.factor
         if matrix.shape == self.shape:
@@ -85,21 +87,23 @@ def peft_tensors(
             than float32: then all become float32.
 
     Raises:
-        ValueError: a matrix is missing, left over or of another rank, or two projections have one Hugging Face name.
+        ValueError: a matrix is missing, left over or of another rank, or two projections claim the same rows of a Hugging Face
+            module.
     """
     _check_keys(shapes, projections)
     rank = max(projection.rank for projection in projections)
     counts = Counter(projection.scaling for projection in projections)
     scaling = min(counts, key=lambda value: (-counts[value], value))
     found: list[PeftTensor] = []
-    for projection in projections:
-        (a_key, b_key), name = _keys(shapes, projection), f"base_model.model.{projection.hf_name}"
-        (A, a_dtype), (B, b_dtype) = shapes[a_key], shapes[b_key]
-        if (A[0], B[1]) != (projection.rank,) * 2:
-            raise ValueError(f"{name}: matrices of rank {A[0]} and {B[1]}, configured {projection.rank}")
-        found.append(PeftTensor(f"{name}.lora_A.weight", a_key, (rank, A[1]), dtype or a_dtype, 1.0))
-        factor = projection.scaling / scaling
-        found.append(PeftTensor(f"{name}.lora_B.weight", b_key, (B[0], rank), dtype or b_dtype, factor))
+    for hf_name, parts in _by_hf_module(projections).items():
+        name = f"base_model.model.{hf_name}"
+        a_key, b_keys = _keys(shapes, parts[0])[0], tuple(_keys(shapes, part)[1] for part in parts)
+        _check_shapes(name, shapes, a_key, b_keys, parts)
+        (A, a_dtype), (_, b_dtype) = shapes[a_key], shapes[b_keys[0]]
+        rows = sum(shapes[key][0][0] for key in b_keys)
+        found.append(PeftTensor(f"{name}.lora_A.weight", (a_key,), (rank, A[1]), dtype or a_dtype, 1.0))
+        factor = parts[0].scaling / scaling
+        found.append(PeftTensor(f"{name}.lora_B.weight", b_keys, (rows, rank), dtype or b_dtype, factor))
     if dtype is None and any(math.frexp(tensor.factor)[0] != 0.5 and tensor.dtype.itemsize < 4 for tensor in found):
         return peft_tensors(shapes, projections, dtype=torch.float32)
     return sorted(found, key=lambda tensor: tensor.name), rank, _alpha(scaling, rank)
@@ -164,9 +168,28 @@ def _check_keys(shapes: Shapes, projections: Sequence[Projection]) -> None:
         raise ValueError(f"the checkpoint lacks {key}")
     for key in sorted(shapes.keys() - expected):
         raise ValueError(f"the checkpoint holds {key}, which no projection of its {INFO_FILE} accounts for")
-    for name, count in Counter(projection.hf_name for projection in projections).items():
-        if count > 1:
-            raise ValueError(f"{count} projections of the checkpoint are called {name}")
+
+
+def _by_hf_module(projections: Sequence[Projection]) -> dict[str, list[Projection]]:
+    """Name of each Hugging Face module -> its projections, in order of their rows."""
+    found: dict[str, list[Projection]] = {}
+    for projection in sorted(projections, key=lambda projection: projection.hf_row):
+        found.setdefault(projection.hf_name, []).append(projection)
+    return found
+
+
+def _check_shapes(name: str, shapes: Shapes, a_key: str, b_keys: Sequence[str], parts: Sequence[Projection]) -> None:
+    """The matrices of one Hugging Face module fit together."""
+    A, row = shapes[a_key][0], 0
+    for part, b_key in zip(parts, b_keys, strict=True):
+        B = shapes[b_key][0]
+        if (A[0], B[1]) != (part.rank,) * 2:
+            raise ValueError(f"{name}: matrices of rank {A[0]} and {B[1]}, configured {part.rank}")
+        if part.hf_row != row or _keys(shapes, part)[0] != a_key or part.scaling != parts[0].scaling:
+            raise ValueError(
+                f"{len(parts)} projections of the checkpoint are called {name} and do not make up one module"
+            )
+        row += B[0]
 
 
 def _alpha(scaling: float, rank: int) -> float:
@@ -211,7 +234,7 @@ def _in_layer(name: str, layer: int) -> str:
 
 def _write(folder: Path, reader: Reader, tensors: Sequence[PeftTensor], config: Mapping[str, Any]) -> None:
     entries = [(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors]
-    made = (tensor.of(reader.tensor(PREFIX + tensor.source)) for tensor in tensors)
+    made = (tensor.of(*(reader.tensor(PREFIX + key) for key in tensor.sources)) for tensor in tensors)
     write_tensors(folder / WEIGHTS_FILE, entries, made)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")

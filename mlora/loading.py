@@ -6,6 +6,7 @@ from mlora.families import Architecture, Family
 from mlora.weights import Weights
 from parallel import shards
 from parallel.layout import LinearLayout, read_layout
+from parallel.norm import HeadsRMSNorm
 from parallel.stages import named_modules
 
 
@@ -24,20 +25,30 @@ def load_chunk(chunk: torch.nn.Module, family: Family, architecture: Architectur
             source = "embedding.word_embeddings" if architecture.tied else name
             _load_vocabulary(module, held["weight"], f"{family.hf_name(source)}.weight", weights)
         elif layout := read_layout(name, module):
-            _load_linear(layout, held, family, weights)
+            _load_linear(layout, held, family, architecture, weights)
         else:
+            first = module.first if isinstance(module, HeadsRMSNorm) else 0
             for leaf, parameter in held.items():
-                parameter.copy_(weights.read(f"{family.hf_name(name)}.{leaf}", 0, parameter.shape[0]))
+                parameter.copy_(weights.read(f"{family.hf_name(name)}.{leaf}", first, parameter.shape[0]))
 
 
-def _load_linear(layout: LinearLayout, held: dict[str, torch.nn.Parameter], family: Family, weights: Weights) -> None:
+def _load_linear(
+    layout: LinearLayout,
+    held: dict[str, torch.nn.Parameter],
+    family: Family,
+    architecture: Architecture,
+    weights: Weights,
+) -> None:
+    names = {part: family.hf_name(layout.name, part) for part, _ in layout.parts}
+    starts = {part: family.rows(architecture, layout.name, part)[0] for part in names}
+
     def weight(part: str, first: int, count: int, column: int, columns: int) -> torch.Tensor:
-        return weights.read(f"{family.hf_name(layout.name, part)}.weight", first, count, column, columns)
+        return weights.read(f"{names[part]}.weight", starts[part] + first, count, column, columns)
 
     def bias(part: str, first: int, count: int) -> torch.Tensor:
-        name = f"{family.hf_name(layout.name, part)}.bias"
+        name = f"{names[part]}.bias"
         # Megatron gives a bias to all linears or to none.
-        return weights.read(name, first, count) if name in weights.shapes else torch.zeros(count)
+        return weights.read(name, starts[part] + first, count) if name in weights.shapes else torch.zeros(count)
 
     shards.cut(layout, weight, held["weight"])
     if "bias" in held:

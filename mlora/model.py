@@ -1,6 +1,7 @@
 """A Hugging Face directory as this rank's chunks of a Megatron GPTModel."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -10,14 +11,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from mlora.attention import shape_attention
 from mlora.families import Architecture
+from mlora.families.rope import Rope
 from mlora.loading import load_chunk
 from mlora.pretrained import Pretrained
-from mlora.vocabulary import MaskPadding, padded_size
+from mlora.spec import layer_spec
+from mlora.vocabulary import CapLogits, MaskPadding, Scale, padded_size
 from parallel.norm import SequenceParallelRMSNorm
 from parallel.sizes import ParallelSizes
 
@@ -35,6 +38,8 @@ _PLAIN: dict[str, Any] = {
     "multi_latent_attention": False,
     "num_moe_experts": None,
     "mtp_num_layers": None,
+    # Fused, Megatron's softmax takes no mask but the causal one: packed samples and windows would be ignored.
+    "masked_softmax_fusion": False,
 }
 # Overrides by which Megatron divides layers otherwise than evenly.
 _UNEVEN = {
@@ -68,24 +73,24 @@ def build_model(
         pretrained: the opened directory.
         sizes: how the model is divided.
         dtype: of the weights: float64, float32 or bfloat16.
-        seq_length: the longest sequence that will be run; by default the longest that the checkpoint was made for. It matters
-            to models with windowed attention, which is the same as full attention up to the window's length only.
+        seq_length: the longest sequence that will be run. It matters to sequence parallelism, and to models whose rotary angles
+            hold for shorter sequences only than the checkpoint was made for.
         overrides: fields of ``TransformerConfig`` that do not change the results, such as ``recompute_granularity``.
 
     Raises:
         FileNotFoundError: a file of weights is missing.
-        ValueError: the model or ``seq_length`` does not divide by ``sizes``; ``seq_length`` exceeds an attention window; an
-            override is unknown or decided by the checkpoint; a tensor is missing, left over, of another shape or type (file and
-            key are named). All of it is checked on every rank alike, before anything is built.
+        ValueError: the model or ``seq_length`` does not divide by ``sizes``; ``seq_length`` exceeds what the rotary angles hold
+            for; an override is unknown or decided by the checkpoint; a tensor is missing, left over, of another shape or type
+            (file and key are named). All of it is checked on every rank alike, before anything is built.
     """
     architecture = pretrained.architecture
     _check_sizes(architecture, sizes, seq_length, uneven=bool(_UNEVEN & overrides.keys()))
-    _check_window(architecture, seq_length)
+    _check_length(architecture.rope, architecture.max_position_embeddings if seq_length is None else seq_length)
     config = _config(architecture, sizes, dtype, overrides)
     chunks: list[torch.nn.Module] = []
     with pretrained.weights() as weights:
         for stage in range(sizes.virtual_pipeline or 1):
-            chunk = _chunk(architecture, config, stage if sizes.virtual_pipeline else None)
+            chunk = _chunk(pretrained, config, stage if sizes.virtual_pipeline else None)
             load_chunk(chunk, pretrained.family, architecture, weights)
             chunks.append(chunk)
         read, total = weights.bytes_read, weights.bytes
@@ -114,12 +119,11 @@ def _check_sizes(architecture: Architecture, sizes: ParallelSizes, seq_length: i
         raise ValueError(f"the model cannot be divided so: {'; '.join(problems)}")
 
 
-def _check_window(architecture: Architecture, seq_length: int | None) -> None:
-    length = architecture.max_position_embeddings if seq_length is None else seq_length
-    if architecture.window is not None and length > architecture.window:
+def _check_length(rope: Rope, length: int) -> None:
+    if rope.longest is not None and length > rope.longest:
         raise ValueError(
-            f"sliding_window = {architecture.window}: sequences of {length} tokens would need windowed attention, which is not "
-            f"supported; give a seq_length of at most {architecture.window}"
+            f"original_max_position_embeddings = {rope.longest}: sequences of {length} tokens would need the rotary angles of long "
+            f"sequences, which are not supported; give a seq_length of at most {rope.longest}"
         )
 
 
@@ -143,7 +147,6 @@ def _config(
         # Batched p2p over gloo gives wrong gradients with virtual stages.
         "batch_p2p_comm": dist.get_backend() == "nccl",
         "perform_initialization": False,
-        "masked_softmax_fusion": False,
         "attention_softmax_in_fp32": True,
     }
     if dtype not in _DTYPES:
@@ -154,16 +157,22 @@ def _config(
             raise ValueError(f"{name} is no field of Megatron's TransformerConfig")
         if name in decided:
             raise ValueError(f"{name} = {overrides[name]!r} cannot be given: the checkpoint and the sizes decide it")
-    return TransformerConfig(**decided, **{**chosen, **overrides})
+    config = TransformerConfig(**decided, **{**chosen, **overrides})
+    if architecture.rope.magnitude != 1:
+        # The field of YaRN's by which Megatron's attention comes to multiply queries and keys with 0.1 ln(field) + 1.
+        config.yarn_rotary_scaling_factor = math.exp(10 * (architecture.rope.magnitude - 1))
+    return config
 
 
-def _chunk(architecture: Architecture, config: TransformerConfig, vp_stage: int | None) -> torch.nn.Module:
+def _chunk(pretrained: Pretrained, config: TransformerConfig, vp_stage: int | None) -> torch.nn.Module:
+    architecture = pretrained.architecture
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     vocab_size = padded_size(architecture.vocab_size, config.tensor_model_parallel_size)
+    layers = [layer_spec(pretrained.family, config)] * get_num_layers_to_build(config, vp_stage)
     chunk = GPTModel(
         config=config,
-        transformer_layer_spec=_spec(config, vp_stage),
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=SequenceParallelRMSNorm),
         vocab_size=vocab_size,
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=first,
@@ -173,37 +182,33 @@ def _chunk(architecture: Architecture, config: TransformerConfig, vp_stage: int 
         vp_stage=vp_stage,
     )
     # Megatron knows Llama 3.1's scaling with constants only.
-    frequencies = architecture.rope.inverse_frequencies(config.kv_channels)
+    ropes = [architecture.rope] if architecture.local_rope is None else [architecture.rope, architecture.local_rope]
+    frequencies = torch.cat([rope.inverse_frequencies(config.kv_channels) for rope in ropes])
     chunk.rotary_pos_emb.inv_freq = frequencies.to(device=torch.cuda.current_device())
+    for layer in chunk.decoder.layers:
+        shape_attention(layer, architecture)
+    if first:
+        _shape_embedding(chunk.embedding, architecture)
+    if last and architecture.logit_cap is not None:
+        chunk.output_layer.register_forward_hook(CapLogits(architecture.logit_cap))
     if last and vocab_size > architecture.vocab_size:
         chunk.output_layer.register_forward_hook(MaskPadding(architecture.vocab_size))
-    if first and architecture.window is not None:
-        chunk.embedding.register_forward_pre_hook(_Longest(architecture.window), with_kwargs=True)
     return chunk  # type: ignore[no-any-return]
 
 
-def _spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Megatron's local spec with a norm that works under sequence parallelism, for the layers of this chunk."""
-    layer: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    layer.submodules.input_layernorm = SequenceParallelRMSNorm
-    layer.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
-    if config.qk_layernorm:
-        layer.submodules.self_attention.submodules.q_layernorm = SequenceParallelRMSNorm
-        layer.submodules.self_attention.submodules.k_layernorm = SequenceParallelRMSNorm
-    count = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=SequenceParallelRMSNorm)
+def _shape_embedding(embedding: torch.nn.Module, architecture: Architecture) -> None:
+    if architecture.embedding_scale != 1:
+        embedding.register_forward_hook(Scale(architecture.embedding_scale))
+    if architecture.rope.longest is not None:
+        embedding.register_forward_pre_hook(_Longest(architecture.rope), with_kwargs=True)
 
 
 class _Longest:
-    """A forward pre-hook on the embedding that refuses sequences longer than the attention window."""
+    """A forward pre-hook on the embedding that refuses sequences for which the rotary angles do not hold."""
 
-    def __init__(self, window: int) -> None:
-        self._window = window
+    def __init__(self, rope: Rope) -> None:
+        self._rope = rope
 
     def __call__(self, module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs["input_ids"] if "input_ids" in kwargs else inputs[0]
-        if tokens.shape[1] > self._window:
-            raise ValueError(
-                f"a sequence of {tokens.shape[1]} tokens needs windowed attention (sliding_window = {self._window}), which is "
-                f"not supported"
-            )
+        _check_length(self._rope, tokens.shape[1])

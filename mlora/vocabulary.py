@@ -1,8 +1,10 @@
-"""The padded vocabulary: rows that tensor parallelism adds to the embedding, and logits that no softmax may see."""
+"""The model's ends: rows that tensor parallelism adds to the vocabulary, logits that no softmax may see, and families' factors."""
 
 from typing import Any
 
 import torch
+
+from mlora.attention import soft_cap
 
 _ALIGNMENT = 128  # Megatron's make_vocab_size_divisible_by: whole tiles for each rank's matrix product.
 
@@ -11,6 +13,36 @@ def padded_size(vocab_size: int, tensor: int) -> int:
     """Rows of the embedding at tensor parallel size ``tensor``."""
     multiple = _ALIGNMENT * tensor
     return -(-vocab_size // multiple) * multiple
+
+
+class Scale:
+    """A forward hook on the embedding that multiplies its output.
+
+    Args:
+        factor: rounded to the output's dtype first, as Hugging Face rounds it.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+
+    def __call__(self, module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        """[s, b, h] -> the same."""
+        return output * torch.tensor(self._factor, dtype=output.dtype, device=output.device)
+
+
+class CapLogits:
+    """A forward hook on the output layer that caps its logits; comes before :class:`MaskPadding`.
+
+    Args:
+        cap: greatest logit, in amount.
+    """
+
+    def __init__(self, cap: float) -> None:
+        self._cap = cap
+
+    def __call__(self, module: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+        """(logits, bias) -> (capped logits, bias)."""
+        return soft_cap(output[0], self._cap), output[1]
 
 
 class MaskPadding:

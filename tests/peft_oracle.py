@@ -39,9 +39,11 @@ MEGATRON_MODULES = {
     "self_attn.q_proj": "self_attention.linear_qkv",
     "self_attn.k_proj": "self_attention.linear_qkv",
     "self_attn.v_proj": "self_attention.linear_qkv",
+    "self_attn.qkv_proj": "self_attention.linear_qkv",
     "self_attn.o_proj": "self_attention.linear_proj",
     "mlp.gate_proj": "mlp.linear_fc1",
     "mlp.up_proj": "mlp.linear_fc1",
+    "mlp.gate_up_proj": "mlp.linear_fc1",
     "mlp.down_proj": "mlp.linear_fc2",
 }
 

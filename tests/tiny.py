@@ -30,6 +30,26 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# 64 tokens are short enough for the angles of short sequences. Half of each head is rotated.
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 4.0],
+    "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 0.5,
+}
+_GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 2.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+}
+# Windows of less than a sequence; caps and scales that bend scores and logits, and are not those of a head's or layer's width.
+_GEMMA: dict[str, Any] = {
+    "head_dim": 16,
+    "sliding_window": 12,
+    "query_pre_attn_scalar": 25,
+    "final_logit_softcapping": 2.0,
+}
 # Kind -> (model_type, what differs from the common shape).
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -44,6 +64,29 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3-bias": ("qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
     "mistral": ("mistral", {"head_dim": 16, "sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 12}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2}),
+    "phi3": ("phi3", {"pad_token_id": None, "eos_token_id": None}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "pad_token_id": None,
+            "eos_token_id": None,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": _LONGROPE,
+            "original_max_position_embeddings": 64,
+            "sliding_window": 20,
+        },
+    ),
+    "gemma2": ("gemma2", {**_GEMMA, "attn_logit_softcapping": 1.5}),
+    "gemma2-untied": (
+        "gemma2",
+        {**_GEMMA, "attn_logit_softcapping": None, "tie_word_embeddings": False, "attention_bias": True},
+    ),
+    "gemma3": ("gemma3_text", {**_GEMMA, "rope_parameters": _GEMMA3_ROPE, "sliding_window_pattern": 3}),
+    "olmo2": ("olmo2", {}),
+    "olmo2-bias": ("olmo2", {"attention_bias": True, "num_key_value_heads": HEADS}),
 }
 
 

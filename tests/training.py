@@ -103,10 +103,11 @@ class Run:
 
 @dataclass
 class Share:
-    """What one rank knows of a run. Weights are pieces under Megatron's names; ``names`` has those under PEFT's keys."""
+    """What one rank knows of a run. Weights are pieces under Megatron's names; ``names`` has those under PEFT's keys, in order of
+    their rows."""
 
     steps: list[tuple[float, float, float]]
-    names: dict[str, str]
+    names: dict[str, list[str]]
     initial: Pieces
     gradients: Pieces
     final: Pieces
@@ -195,16 +196,18 @@ def main_gradients(chunks: Sequence[torch.nn.Module]) -> Pieces:
     }
 
 
-def peft_names(chunks: Sequence[torch.nn.Module]) -> dict[str, str]:
-    """PEFT's key -> our name of each of this rank's adapter matrices."""
-    names = {}
+def peft_names(chunks: Sequence[torch.nn.Module]) -> dict[str, list[str]]:
+    """PEFT's key -> our names of each of this rank's adapter matrices, in order of their rows."""
+    names: dict[str, list[str]] = {}
     for bank in banks(chunks):
         adapter = bank.adapter("default")
         assert adapter is not None
         for part, hf_name in adapter.hf_names.items():
-            shared = SHARED if adapter.config.shared_A else part
-            names[f"base_model.model.{hf_name}.lora_A.weight"] = f"{bank.layout.name}.{shared}.lora_A"
-            names[f"base_model.model.{hf_name}.lora_B.weight"] = f"{bank.layout.name}.{part}.lora_B"
+            shared = SHARED if adapter.shares_A else part
+            names[f"base_model.model.{hf_name}.lora_A.weight"] = [f"{bank.layout.name}.{shared}.lora_A"]
+            names.setdefault(f"base_model.model.{hf_name}.lora_B.weight", []).append(
+                f"{bank.layout.name}.{part}.lora_B"
+            )
     return names
 
 
@@ -223,7 +226,7 @@ def join(shares: Sequence[Share]) -> Run:
 
     def under_keys(held: Sequence[Pieces]) -> dict[str, torch.Tensor]:
         joined = whole(held)
-        return {key: joined[name] for key, name in names.items() if name in joined}
+        return {key: torch.cat([joined[name] for name in parts]) for key, parts in names.items() if parts[0] in joined}
 
     return Run(
         *(list(column) for column in zip(*shares[0].steps, strict=True)),  # type: ignore[arg-type]

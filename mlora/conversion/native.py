@@ -10,7 +10,7 @@ import torch
 from mlora.adapter import SHARED
 from mlora.checkpoint import CONFIG_FILE, INFO_FILE, PREFIX, checkpoints, latest_checkpoint, read_info
 from mlora.conversion.peft_config import read_config
-from mlora.conversion.state import AdapterModule, AdapterState, LazyTensor, Report, natural_order
+from mlora.conversion.state import AdapterModule, AdapterState, LazyTensor, Report, joined, natural_order
 from parallel.storage import Reader
 
 logger = logging.getLogger(__name__)
@@ -36,17 +36,17 @@ def open_native(path: Path, report: Report) -> AdapterState:
         for key, place in reader.tensors(PREFIX).items()
     }
     modules, used = [], set()
-    for projection in _projections(info, checkpoint / INFO_FILE):
-        keys = _keys(tensors, projection)
-        used |= {*keys}
-        if missing := [key for key in keys if key not in tensors]:
+    for name, parts in _by_hf_module(_projections(info, checkpoint / INFO_FILE)).items():
+        keys = [_keys(tensors, part) for part in parts]
+        used |= {key for pair in keys for key in pair}
+        if missing := [key for pair in keys for key in pair if key not in tensors]:
             report(f"{checkpoint} lacks {missing[0]}")
             continue
-        A, B = (tensors[key] for key in keys)
-        if (ranks := (A.shape[0], B.shape[1])) != (projection["rank"],) * 2:
-            report(f"{checkpoint}: {keys[0]} and {keys[1]} are of ranks {ranks}; {INFO_FILE} says {projection['rank']}")
+        As, Bs = [tensors[key] for key, _ in keys], [tensors[key] for _, key in keys]
+        if problem := _misfit(name, parts, As, Bs):
+            report(f"{checkpoint}: {problem}")
             continue
-        modules.append(AdapterModule(projection["hf_name"], projection["rank"], projection["scaling"], A, B))
+        modules.append(AdapterModule(name, parts[0]["rank"], parts[0]["scaling"], As[0], joined(Bs)))
     for key in sorted(tensors.keys() - used):
         report(f"{checkpoint} holds {key}, which no projection of its {INFO_FILE} accounts for")
     return AdapterState(
@@ -66,6 +66,26 @@ def _projections(info: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in fields.items()):
             raise ValueError(f"{path}: its projections are incomplete: {row}")
     return list(info["projections"])
+
+
+def _by_hf_module(projections: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Name of each Hugging Face module -> its projections, in order of their rows."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for projection in sorted(projections, key=lambda projection: projection.get("hf_row", 0)):
+        found.setdefault(projection["hf_name"], []).append(projection)
+    return found
+
+
+def _misfit(name: str, parts: list[dict[str, Any]], As: list[LazyTensor], Bs: list[LazyTensor]) -> str | None:
+    """What keeps matrices from being the ones of one Hugging Face module."""
+    row = 0
+    for part, A, B in zip(parts, As, Bs, strict=True):
+        if (ranks := (A.shape[0], B.shape[1])) != (part["rank"],) * 2:
+            return f"{A.key} and {B.key} are of ranks {ranks}; {INFO_FILE} says {part['rank']}"
+        if part.get("hf_row", 0) != row or As[0] != A or part["scaling"] != parts[0]["scaling"]:
+            return f"{len(parts)} projections are called {name} and do not make up one module"
+        row += B.shape[0]
+    return None
 
 
 def _lazy(checkpoint: Path, reader: Reader, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:

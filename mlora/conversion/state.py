@@ -13,7 +13,7 @@ writers of other formats take it. Opening an adapter reads headers only, so memo
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,16 @@ class LazyTensor:
         if not is_finite(value):
             raise ValueError(f"{self.file}: {self.key} has values that are not finite")
         return value
+
+
+def joined(tensors: Sequence[LazyTensor]) -> LazyTensor:
+    """The rows of several tensors of a file, one after the other, as one tensor."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first
+    shape = (sum(tensor.shape[0] for tensor in tensors), *first.shape[1:])
+    keys = " + ".join(tensor.key for tensor in tensors)
+    return LazyTensor(keys, first.file, shape, first.dtype, lambda: torch.cat([tensor.load() for tensor in tensors]))
 
 
 @dataclass(frozen=True)

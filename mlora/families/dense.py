@@ -1,12 +1,18 @@
-"""What Llama and its relatives share: pre-norm decoders of grouped-query attention and a gated MLP, with RMSNorm and RoPE."""
+"""What Llama and its relatives share: decoders of grouped-query attention and a gated MLP, with RMSNorm and RoPE.
 
+Where a layer has its norms: Megatron's ``input_layernorm`` and ``pre_mlp_layernorm`` are in front of attention and MLP,
+``self_attn_bda`` and ``mlp_bda`` behind them, before their outputs are added to the residual stream.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from mlora.families.family import WHOLE, Architecture, HfModule, ModuleTable
 from mlora.families.keys import ConfigKeys
-from mlora.families.rope import read_rope
+from mlora.families.rope import Rope, read_rope
 
 # Keys that the families have in common -> what Hugging Face's classes take when the file has them not. Shapes have no default:
 # every checkpoint states them.
@@ -19,45 +25,76 @@ DEFAULTS: dict[str, Any] = {
     "rope_theta": None,
     "rope_scaling": None,
     "rope_parameters": None,
+    "partial_rotary_factor": None,
 }
 
+PRE_NORM = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
+POST_NORM = {"self_attn_bda": "post_attention_layernorm", "mlp_bda": "post_feedforward_layernorm"}
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "swish": torch.nn.functional.silu,
+    "gelu_pytorch_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+}
 _LAYER, _HF_LAYER = "decoder.layers.{layer}", "model.layers.{layer}"
 
 
-def dense_modules(*, qk_norm: bool = False) -> ModuleTable:
-    """The modules of a dense decoder; with ``qk_norm`` each head's query and key are normalised."""
+def dense_modules(
+    *, norms: Mapping[str, str] = PRE_NORM, qk_norm: tuple[str, str] | None = None, fused: bool = False
+) -> ModuleTable:
+    """The modules of a dense decoder.
+
+    Args:
+        norms: of a layer, Megatron's name -> Hugging Face's.
+        qk_norm: sizes of the query's and the key's norm: of each head ("head", "head") or of all of them ("query", "key").
+        fused: q, k and v are one module of Hugging Face's, and gate and up too.
+    """
     attention, mlp = f"{_HF_LAYER}.self_attn", f"{_HF_LAYER}.mlp"
-    norms = {"q_layernorm": "q_norm", "k_layernorm": "k_norm"} if qk_norm else {}
-    return {
+    names = dict.fromkeys("qkv", "qkv_proj") if fused else {part: f"{part}_proj" for part in "qkv"}
+    names |= dict.fromkeys(("gate", "up"), "gate_up_proj") if fused else {"gate": "gate_proj", "up": "up_proj"}
+    table: dict[str, Mapping[str, HfModule]] = {
         "embedding.word_embeddings": {WHOLE: HfModule("model.embed_tokens", ("vocab", "hidden"))},
-        f"{_LAYER}.input_layernorm": {WHOLE: HfModule(f"{_HF_LAYER}.input_layernorm", ("hidden",))},
         f"{_LAYER}.self_attention.linear_qkv": {
-            "q": HfModule(f"{attention}.q_proj", ("query", "hidden")),
-            "k": HfModule(f"{attention}.k_proj", ("key", "hidden")),
-            "v": HfModule(f"{attention}.v_proj", ("key", "hidden")),
+            "q": HfModule(f"{attention}.{names['q']}", ("query", "hidden")),
+            "k": HfModule(f"{attention}.{names['k']}", ("key", "hidden")),
+            "v": HfModule(f"{attention}.{names['v']}", ("key", "hidden")),
         },
-        **{f"{_LAYER}.self_attention.{m}": {WHOLE: HfModule(f"{attention}.{h}", ("head",))} for m, h in norms.items()},
         f"{_LAYER}.self_attention.linear_proj": {WHOLE: HfModule(f"{attention}.o_proj", ("hidden", "query"))},
-        f"{_LAYER}.pre_mlp_layernorm": {WHOLE: HfModule(f"{_HF_LAYER}.post_attention_layernorm", ("hidden",))},
         f"{_LAYER}.mlp.linear_fc1": {
-            "gate": HfModule(f"{mlp}.gate_proj", ("ffn", "hidden")),
-            "up": HfModule(f"{mlp}.up_proj", ("ffn", "hidden")),
+            "gate": HfModule(f"{mlp}.{names['gate']}", ("ffn", "hidden")),
+            "up": HfModule(f"{mlp}.{names['up']}", ("ffn", "hidden")),
         },
         f"{_LAYER}.mlp.linear_fc2": {WHOLE: HfModule(f"{mlp}.down_proj", ("hidden", "ffn"))},
         "decoder.final_layernorm": {WHOLE: HfModule("model.norm", ("hidden",))},
         "output_layer": {WHOLE: HfModule("lm_head", ("vocab", "hidden"))},
     }
+    for module, hf_module in norms.items():
+        table[f"{_LAYER}.{module}"] = {WHOLE: HfModule(f"{_HF_LAYER}.{hf_module}", ("hidden",))}
+    for part, size in zip("qk", qk_norm or (), strict=bool(qk_norm)):
+        name = f"{_LAYER}.self_attention.{part}_layernorm"
+        table[name] = {WHOLE: HfModule(f"{attention}.{part}_norm", (size,))}
+    return table
 
 
 def read_dense(
-    keys: ConfigKeys, *, biased: frozenset[str], window: int | None = None, qk_norm: bool = False
+    keys: ConfigKeys,
+    *,
+    biased: frozenset[str] = frozenset(),
+    windows: tuple[int | None, ...] | None = None,
+    qk_norm: bool = False,
+    activation: str = "hidden_act",
+    rope: Callable[[ConfigKeys, int], Rope] = read_rope,
+    code: str | None = None,
 ) -> Architecture:
     """The architecture of a dense decoder.
 
     Args:
         biased: last parts of the Megatron modules that have a bias in Hugging Face.
-        window: shortest attention window of any layer.
-        qk_norm: each head's query and key are normalised.
+        windows: of each layer's attention; None if none has any.
+        qk_norm: queries and keys are normalised.
+        activation: the key that names the activation of the MLP's gate.
+        rope: reads the rotary embedding for heads of a width.
+        code: model class that ``auto_map`` may name, because transformers has taken it over.
     """
     hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
     groups = keys.integer("num_key_value_heads", otherwise=heads)
@@ -65,14 +102,18 @@ def read_dense(
         raise keys.error("num_key_value_heads", f"does not divide num_attention_heads {heads}")
     width = _head_width(keys, hidden, heads)
     layers, ffn, vocab = (keys.integer(key) for key in ("num_hidden_layers", "intermediate_size", "vocab_size"))
-    keys.require("hidden_act", lambda value: value in ("silu", "swish"), 'is not supported; the MLP is gated by "silu"')
+    keys.require(activation, _ACTIVATIONS.__contains__, f"is not supported; it can be {', '.join(_ACTIVATIONS)}")
     keys.require(
         "attention_dropout",
         lambda value: not value,
         "is not supported: it drops in training only, and differently at every layout; set it to 0 to train without",
     )
     keys.require("quantization_config", lambda value: not value, "is not supported; convert the checkpoint to bfloat16")
-    keys.require("auto_map", lambda value: not value, "is not supported: it names code of the checkpoint's own")
+    keys.require(
+        "auto_map",
+        lambda value: not value or (code is not None and dict(value).get("AutoModelForCausalLM") == code),
+        "is not supported: it names code of the checkpoint's own",
+    )
     transformer = {
         "num_layers": layers,
         "hidden_size": hidden,
@@ -81,7 +122,7 @@ def read_dense(
         "num_query_groups": groups,
         "kv_channels": width,
         "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
+        "activation_func": _ACTIVATIONS[keys.take(activation)],
         "normalization": "RMSNorm",
         "layernorm_epsilon": keys.number("rms_norm_eps"),
         "qk_layernorm": qk_norm,
@@ -104,30 +145,26 @@ def read_dense(
         vocab_size=vocab,
         tied=keys.flag("tie_word_embeddings"),
         max_position_embeddings=keys.integer("max_position_embeddings"),
-        window=window,
-        rope=read_rope(keys),
+        rope=rope(keys, width),
+        windows=windows or (None,) * layers,
     )
 
 
-def read_windows(keys: ConfigKeys) -> int | None:
-    """The attention window of Qwen's layers, if any of them has one."""
-    layers, used = keys.integer("num_hidden_layers"), keys.flag("use_sliding_window")
-    size, first, kinds = (keys.take(key) for key in ("sliding_window", "max_window_layers", "layer_types"))
-    window = keys.integer("sliding_window") if used and size is not None else None
+def read_window(keys: ConfigKeys) -> tuple[int | None, ...]:
+    """The attention windows of a model that gives all its layers the same, or none."""
+    window = None if keys.take("sliding_window") is None else keys.integer("sliding_window")
+    return (window,) * keys.integer("num_hidden_layers")
+
+
+def read_layer_types(keys: ConfigKeys, windowed: Callable[[int], bool]) -> list[bool]:
+    """Of each layer whether its attention has a window: by ``layer_types``, or, without it, ``windowed`` of its number."""
+    layers, kinds = keys.integer("num_hidden_layers"), keys.take("layer_types")
     if kinds is None:
-        if window is not None and not isinstance(first, int):
-            raise keys.error("max_window_layers", "is not the number of the first layer with a window")
-        windowed = window is not None and first < layers
-    else:
-        known = isinstance(kinds, list) and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
-        if not known or len(kinds) != layers:
-            raise keys.error("layer_types", f'does not give "full_attention" or "sliding_attention" to {layers} layers')
-        windowed = "sliding_attention" in kinds
-        if windowed and window is None:
-            raise keys.error(
-                "layer_types", "has windowed layers, and use_sliding_window and sliding_window give no window"
-            )
-    return window if windowed else None
+        return [windowed(layer) for layer in range(layers)]
+    known = isinstance(kinds, list) and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
+    if not known or len(kinds) != layers:
+        raise keys.error("layer_types", f'does not give "full_attention" or "sliding_attention" to {layers} layers')
+    return [kind == "sliding_attention" for kind in kinds]
 
 
 def _head_width(keys: ConfigKeys, hidden: int, heads: int) -> int:

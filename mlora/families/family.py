@@ -17,7 +17,9 @@ WHOLE = "whole"
 
 @dataclass(frozen=True)
 class HfModule:
-    """A module of Hugging Face's model.
+    """A module of Hugging Face's model, or the rows of one that belong to one part.
+
+    Parts that name the same module lie one after the other in the rows of its weight, in the order of their table.
 
     Attributes:
         name: its path; ``{layer}`` (and other counters) stand for numbers.
@@ -44,8 +46,11 @@ class Architecture:
         vocab_size: rows of the embedding.
         tied: the output layer uses the embedding's weight.
         max_position_embeddings: longest sequence that the checkpoint was made for.
-        window: shortest attention window of any layer, in tokens; None if all layers see all earlier tokens.
         rope: the rotary embedding.
+        windows: of each layer, how many tokens a token sees, itself included; None for all that are before it.
+        local_rope: the rotary embedding of layers with a window, if it is another.
+        embedding_scale: factor of the embedding's output.
+        attention_cap, logit_cap: c of attention scores and logits x that become c tanh(x / c); None to leave them.
     """
 
     transformer: Mapping[str, Any]
@@ -55,8 +60,12 @@ class Architecture:
     vocab_size: int
     tied: bool
     max_position_embeddings: int
-    window: int | None
     rope: Rope
+    windows: tuple[int | None, ...]
+    local_rope: Rope | None = None
+    embedding_scale: float = 1.0
+    attention_cap: float | None = None
+    logit_cap: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,20 +107,40 @@ class Family:
         Raises:
             ValueError: the family has no such module.
         """
-        for pattern, parts in self._by_module:
-            if (found := pattern.fullmatch(module)) and part in parts:
-                return parts[part].name.format(**found.groupdict())
-        raise ValueError(f"{module} ({part}) is no module of the {self.model_type} family")
+        parts, numbers = self._parts(module, part)
+        return parts[part].name.format(**numbers)
+
+    def rows(self, architecture: Architecture, module: str, part: str = WHOLE) -> tuple[int, int]:
+        """(first, count) of the rows of ``part`` in the weight of its Hugging Face module, all of them if it is alone there.
+
+        Raises:
+            ValueError: the family has no such module.
+        """
+        parts, _ = self._parts(module, part)
+        counts = {name: architecture.sizes[held.shape[0]] for name, held in parts.items()}
+        together = [name for name, held in parts.items() if held.name == parts[part].name]
+        return sum(counts[name] for name in together[: together.index(part)]), counts[part]
 
     def megatron_name(self, hf_module: str) -> tuple[str, str]:
         """(Megatron module, part) of a Hugging Face module, by full paths: the inverse of :meth:`hf_name`.
 
         Raises:
+            ValueError: the family has no such module, or it holds several parts.
+        """
+        module, parts = self.megatron_parts(hf_module)
+        if len(parts) > 1:
+            raise ValueError(f"{hf_module} holds several parts of {module}: {', '.join(parts)}")
+        return module, parts[0]
+
+    def megatron_parts(self, hf_module: str) -> tuple[str, tuple[str, ...]]:
+        """(Megatron module, its parts in order of their rows) of a Hugging Face module, by full paths.
+
+        Raises:
             ValueError: the family has no such module.
         """
-        for pattern, module, part in self._by_hf_module:
+        for pattern, module, parts in self._by_hf_module:
             if found := pattern.fullmatch(hf_module):
-                return module.format(**found.groupdict()), part
+                return module.format(**found.groupdict()), parts
         raise ValueError(f"{hf_module} is no module of the {self.model_type} family")
 
     def tensors(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -120,25 +149,40 @@ class Family:
         for module, parts in self.modules.items():
             if architecture.tied and module == "output_layer":
                 continue
-            for hf_module in parts.values():
-                shape = tuple(architecture.sizes[size] for size in hf_module.shape)
-                for name in _numbered(hf_module.name, architecture.counts):
+            for generic, shape in _shapes(parts, architecture.sizes).items():
+                for name in _numbered(generic, architecture.counts):
                     expected[f"{name}.weight"] = shape
                     if module.rpartition(".")[2] in architecture.biased:
                         expected[f"{name}.bias"] = shape[:1]
         return expected
+
+    def _parts(self, module: str, part: str) -> tuple[Mapping[str, HfModule], Mapping[str, str]]:
+        """(the table's entry, the numbers in the name) of a Megatron module."""
+        for pattern, parts in self._by_module:
+            if (found := pattern.fullmatch(module)) and part in parts:
+                return parts, found.groupdict()
+        raise ValueError(f"{module} ({part}) is no module of the {self.model_type} family")
 
     @cached_property
     def _by_module(self) -> list[tuple[re.Pattern[str], Mapping[str, HfModule]]]:
         return [(_pattern(module), parts) for module, parts in self.modules.items()]
 
     @cached_property
-    def _by_hf_module(self) -> list[tuple[re.Pattern[str], str, str]]:
+    def _by_hf_module(self) -> list[tuple[re.Pattern[str], str, tuple[str, ...]]]:
         return [
-            (_pattern(hf_module.name), module, part)
+            (_pattern(name), module, tuple(part for part, held in parts.items() if held.name == name))
             for module, parts in self.modules.items()
-            for part, hf_module in parts.items()
+            for name in dict.fromkeys(held.name for held in parts.values())
         ]
+
+
+def _shapes(parts: Mapping[str, HfModule], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Name and weight's shape of each Hugging Face module among the parts."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for held in parts.values():
+        rows, *rest = (sizes[size] for size in held.shape)
+        shapes[held.name] = (shapes.get(held.name, (0,))[0] + rows, *rest)
+    return shapes
 
 
 def _pattern(name: str) -> re.Pattern[str]:

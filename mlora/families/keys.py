@@ -78,6 +78,10 @@ class ConfigKeys:
             raise self.error(key, "is not a positive number")
         return float(value)
 
+    def optional_number(self, key: str) -> float | None:
+        """A positive number, or null."""
+        return None if self.take(key) is None else self.number(key)
+
     def flag(self, key: str) -> bool:
         """True or false."""
         value = self.take(key)

@@ -1,13 +1,12 @@
 """Mistral 7B, Nemo and Small: every layer may see a window only."""
 
-from mlora.families.dense import DEFAULTS, dense_modules, read_dense
+from mlora.families.dense import DEFAULTS, dense_modules, read_dense, read_window
 from mlora.families.family import Architecture, Family
 from mlora.families.keys import ConfigKeys
 
 
 def _read(keys: ConfigKeys) -> Architecture:
-    window = keys.take("sliding_window")
-    return read_dense(keys, biased=frozenset(), window=None if window is None else keys.integer("sliding_window"))
+    return read_dense(keys, windows=read_window(keys))
 
 
 MISTRAL = Family(

@@ -7,7 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from mlora.families import FAMILIES, LLAMA, MISTRAL, QWEN2, Architecture, Family, find_family
+from mlora.families import (
+    FAMILIES,
+    GEMMA2,
+    GEMMA3,
+    LLAMA,
+    MISTRAL,
+    OLMO2,
+    PHI3,
+    QWEN2,
+    Architecture,
+    Family,
+    find_family,
+)
 from mlora.families.keys import DESCRIPTIVE
 from mlora.families.rope import Rope
 from mlora.names import hf_module_name
@@ -42,13 +54,28 @@ def test_tensors_are_those_of_hugging_faces_model(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_inverse_frequencies_are_hugging_faces_bit_for_bit(kind: str) -> None:
+def test_angles_are_hugging_faces_bit_for_bit(kind: str) -> None:
     model = make_model(kind)
     config = json.loads(model.config.to_json_string())
     architecture = find_family(config).architecture(config)
-    ours = architecture.rope.inverse_frequencies(architecture.sizes["head"])
-    assert torch.equal(ours, model.model.rotary_emb.inv_freq)
-    assert model.model.rotary_emb.attention_scaling == 1.0
+    theirs, width = model.model.rotary_emb, architecture.sizes["head"]
+    ropes = {"": architecture.rope}
+    if architecture.local_rope is not None:
+        ropes = {"full_attention_": architecture.rope, "sliding_attention_": architecture.local_rope}
+    for name, rope in ropes.items():
+        assert torch.equal(rope.inverse_frequencies(width), getattr(theirs, f"{name}inv_freq"))
+        assert rope.magnitude == getattr(theirs, f"{name}attention_scaling")
+
+
+# Not fields of the classes: transformers 4's rotary keys and pattern of windows, and what attention reads if the file has it.
+OUTSIDE = {
+    "rope_theta": None,
+    "rope_scaling": None,
+    "partial_rotary_factor": None,
+    "rope_local_base_freq": None,
+    "sliding_window_pattern": 6,
+    "head_dim": None,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
@@ -58,10 +85,8 @@ def test_defaults_are_those_of_hugging_faces_class(family: Family) -> None:
     cls = type(AutoConfig.for_model(family.model_type))
     known = {name: field.default for name, field in cls.__dataclass_fields__.items()}
     for key, default in family.defaults.items():
-        if key in known:
-            assert known[key] == default, key
-        else:  # transformers 4's rotary keys, and Qwen 2's head_dim, which its attention reads if the file has it.
-            assert key in ("rope_theta", "rope_scaling", "head_dim") and default is None
+        assert default == known.get(key, OUTSIDE.get(key)), key
+        assert key in known or key in OUTSIDE, key
     own = {name for name in cls.__annotations__ if name in known}
     assert {"hidden_size", "rms_norm_eps", "attention_dropout"} <= own
     assert own - family.defaults.keys() - SHAPE.keys() <= DESCRIPTIVE
@@ -74,7 +99,25 @@ def test_names_lead_there_and_back(family: Family) -> None:
             name = module.replace("{layer}", "13")
             hf_name = family.hf_name(name, part)
             assert "13" in hf_name or "{layer}" not in module
-            assert family.megatron_name(hf_name) == (name, part)
+            megatron_name, together = family.megatron_parts(hf_name)
+            assert megatron_name == name and part in together
+            assert [family.hf_name(name, other) for other in together] == [hf_name] * len(together)
+            if len(together) == 1:
+                assert family.megatron_name(hf_name) == (name, part)
+
+
+def test_rows_of_fused_modules() -> None:
+    """Phi 3's ``qkv_proj`` holds q, k and v one after the other, and ``gate_up_proj`` gate and up."""
+    architecture, layer = PHI3.architecture(SHAPE), "decoder.layers.2"
+    qkv, fc1 = f"{layer}.self_attention.linear_qkv", f"{layer}.mlp.linear_fc1"
+    assert PHI3.hf_name(qkv, "k") == PHI3.hf_name(qkv, "v") == "model.layers.2.self_attn.qkv_proj"
+    assert PHI3.megatron_parts("model.layers.2.self_attn.qkv_proj") == (qkv, ("q", "k", "v"))
+    assert PHI3.megatron_parts("model.layers.2.mlp.gate_up_proj") == (fc1, ("gate", "up"))
+    assert [PHI3.rows(architecture, qkv, part) for part in "qkv"] == [(0, 32), (32, 16), (48, 16)]
+    assert [PHI3.rows(architecture, fc1, part) for part in ("gate", "up")] == [(0, 48), (48, 48)]
+    assert [LLAMA.rows(LLAMA.architecture(SHAPE), qkv, part) for part in "qkv"] == [(0, 32), (0, 16), (0, 16)]
+    with pytest.raises(ValueError, match=r"qkv_proj holds several parts of .*linear_qkv: q, k, v"):
+        PHI3.megatron_name("model.layers.2.self_attn.qkv_proj")
 
 
 def test_names_of_llama() -> None:
@@ -104,7 +147,12 @@ def old_style(config: dict[str, Any]) -> dict[str, Any]:
     """The same configuration as transformers 4 wrote it."""
     rope = dict(config["rope_parameters"])
     old = {key: value for key, value in config.items() if key != "rope_parameters"}
+    if "full_attention" in rope:
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
     old["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        old["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     old["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     return old
 
@@ -114,6 +162,11 @@ def test_a_config_of_transformers_4_is_the_same_architecture(kind: str) -> None:
     config = config_json(kind)
     family = find_family(config)
     assert family.architecture(old_style(config)) == family.architecture(config)
+
+
+def longrope(**changes: Any) -> dict[str, Any]:
+    given = {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0], **changes}
+    return {"original_max_position_embeddings": 32, "rope_scaling": given}
 
 
 def test_rope_of_either_version() -> None:
@@ -151,8 +204,9 @@ REFUSED: list[tuple[Family, dict[str, Any], str]] = [
     (LLAMA, {"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e4}, "rope_theta = 10000.0 differs from 1000000.0"),
     (LLAMA, {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"rope_theta": 1e5}}, "rope_scaling = .* differs"),
     (LLAMA, {"rope_theta": 0}, "rope_theta = 0 is not a positive number"),
-    (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 rotates heads in part"),
     (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters = .* in part"),
+    (LLAMA, {"rope_parameters": {"rope_theta": 0}}, "rope_parameters = .* needs a positive number 'rope_theta'"),
     (LLAMA, {"original_max_position_embeddings": 64}, "original_max_position_embeddings = 64 is not known"),
     (LLAMA, {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     (LLAMA, {"attention_dropout": 0.1}, "attention_dropout = 0.1 .* training only"),
@@ -175,6 +229,49 @@ REFUSED: list[tuple[Family, dict[str, Any], str]] = [
     (LLAMA, {"architectures": 7}, "architectures = 7"),
     (LLAMA, {"rms_norm_eps": 0}, "rms_norm_eps = 0"),
     (LLAMA, {"sliding_window": 64}, "sliding_window = 64 is not known"),
+    (LLAMA, longrope(), r"rope_scaling = .*'longrope'; supported are default, linear, llama3"),
+    (PHI3, {"rope_scaling": {"type": ["default"]}}, r"has the type \['default'\]"),
+    (PHI3, {"rope_scaling": {"type": "linear", "factor": 2.0}}, r"'linear'; supported are default, longrope"),
+    (PHI3, {"rope_scaling": {"type": "yarn", "short_factor": [1.0, 1.5]}}, r"'yarn'; supported are default, longrope"),
+    (PHI3, longrope(short_factor=[1.0]), "rope_scaling = .* needs a short_factor of 2 positive numbers"),
+    (PHI3, longrope(short_factor=[1.0, -1.0]), "rope_scaling = .* needs a short_factor of 2 positive numbers"),
+    (PHI3, longrope(mscale=1.0), "rope_scaling = .* has 'mscale', which the type 'longrope' has not"),
+    (PHI3, longrope(attention_factor=0.5), "rope_scaling = .* makes an attention factor of 0.5"),
+    (PHI3, longrope(original_max_position_embeddings=64), "original_max_position_embeddings = 32 differs from that in"),
+    (PHI3, {"partial_rotary_factor": 0.75}, "a share 0.75 of a head's 4 features"),
+    (PHI3, {"partial_rotary_factor": 2.0}, "a share 2.0 of a head's 4 features"),
+    (PHI3, {"resid_pdrop": 0.1}, "resid_pdrop = 0.1 is not supported"),
+    (PHI3, {"embd_pdrop": 0.1}, "embd_pdrop = 0.1 is not supported"),
+    (PHI3, {"full_attn_mod": 2}, "full_attn_mod = 2 is not supported"),
+    (PHI3, {"attention_bias": True}, "attention_bias = True is not known"),
+    (PHI3, {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3SmallForCausalLM"}}, "auto_map = .* of the checkp"),
+    (
+        GEMMA2,
+        {"hidden_activation": "gelu"},
+        "hidden_activation = 'gelu' is not supported; it can be silu, swish, gelu_py",
+    ),
+    (GEMMA2, {"hidden_act": "gelu"}, "hidden_act = 'gelu' differs from hidden_activation = 'gelu_pytorch_tanh'"),
+    (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not supported"),
+    (GEMMA2, {"attn_logit_softcapping": 0}, "attn_logit_softcapping = 0 is not a positive number"),
+    (GEMMA2, {"final_logit_softcapping": -1.0}, "final_logit_softcapping = -1.0 is not a positive number"),
+    (GEMMA2, {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0 is not a positive number"),
+    (GEMMA2, {"sliding_window": None}, "sliding_window = None is not a whole number"),
+    (GEMMA2, {"sliding_window_size": 1024}, "sliding_window_size = 1024 differs from sliding_window"),
+    (GEMMA2, {"rope_local_base_freq": 1e4}, "rope_local_base_freq = 10000.0 is not known"),
+    (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported: Hugging Face's class"),
+    (GEMMA3, {"sliding_window_pattern": 0}, "sliding_window_pattern = 0"),
+    (GEMMA3, {"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters = .* does not describe full_attention and sli"),
+    (GEMMA3, {"rope_parameters": {"full_attention": {}}, "rope_theta": 1e6}, "rope_theta = 1000000.0 stands beside"),
+    (GEMMA3, {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_parameters = .*'yarn'; supported"),
+    (
+        GEMMA3,
+        {"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.5}}},
+        "rope_parameters = .* in part",
+    ),
+    (GEMMA3, {"rope_scaling": 8}, "rope_scaling = 8 is no object"),
+    (GEMMA3, {"rope_theta": -1.0}, "needs a positive number 'rope_theta'"),
+    (OLMO2, {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "rope_scaling = .*'yarn'"),
+    (OLMO2, {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not known"),
     (MISTRAL, {"sliding_window": 0}, "sliding_window = 0"),
     (MISTRAL, {"layer_types": ["full_attention"] * 4}, "layer_types = .* is not known"),
     (QWEN2, {"layer_types": ["sliding_attention"] * 4}, "layer_types = .* give no window"),
@@ -227,19 +324,38 @@ def test_an_unknown_model_type_is_refused(model_type: str | None) -> None:
 
 
 def test_windows() -> None:
-    def window(family: Family, **keys: Any) -> int | None:
-        return family.architecture(SHAPE | keys).window
+    def windows(family: Family, **keys: Any) -> list[int | None]:
+        return list(family.architecture(SHAPE | keys).windows)
 
-    assert window(LLAMA) is None
-    assert window(MISTRAL) == 4096
-    assert window(MISTRAL, sliding_window=None) is None
-    assert window(QWEN2) is None
-    assert window(QWEN2, use_sliding_window=True) is None  # max_window_layers is 28, and there are 4
-    assert window(QWEN2, use_sliding_window=True, max_window_layers=2, sliding_window=32) == 32
-    assert window(QWEN2, use_sliding_window=True, max_window_layers=0, sliding_window=None) is None
+    none = [None] * 4
+    assert windows(LLAMA) == none
+    assert windows(MISTRAL) == [4096] * 4
+    assert windows(MISTRAL, sliding_window=None) == windows(PHI3) == none
+    assert windows(PHI3, sliding_window=2047) == [2047] * 4
+    assert windows(QWEN2) == none
+    assert windows(QWEN2, use_sliding_window=True) == none  # max_window_layers is 28, and there are 4
+    assert windows(QWEN2, use_sliding_window=True, max_window_layers=2, sliding_window=32) == [None, None, 32, 32]
+    assert windows(QWEN2, use_sliding_window=True, max_window_layers=0, sliding_window=None) == none
     kinds = ["full_attention"] * 3
-    assert window(QWEN2, use_sliding_window=True, layer_types=[*kinds, "sliding_attention"]) == 4096
-    assert window(QWEN2, use_sliding_window=True, layer_types=[*kinds, "full_attention"], max_window_layers=0) is None
+    assert windows(QWEN2, use_sliding_window=True, layer_types=[*kinds, "sliding_attention"]) == [None] * 3 + [4096]
+    assert windows(QWEN2, use_sliding_window=True, layer_types=[*kinds, kinds[0]], max_window_layers=0) == none
+    assert windows(GEMMA2, sliding_window=8) == [8, None, 8, None]
+    assert windows(GEMMA2, sliding_window=None, layer_types=[*kinds, kinds[0]]) == none
+    assert windows(GEMMA3) == [4096] * 4
+    assert windows(GEMMA3, sliding_window=8, sliding_window_pattern=3) == [8, 8, None, 8]
+
+
+def test_longrope() -> None:
+    def rope(**keys: Any) -> Rope:
+        return PHI3.architecture(SHAPE | keys).rope
+
+    assert rope() == Rope(10000.0, "default", {})
+    parameters = {"short_factor": (1.0, 1.5), "original_max_position_embeddings": 32}
+    # 128 positions over 32; sqrt(1 + ln 4 / ln 32)
+    assert rope(**longrope()) == Rope(10000.0, "longrope", parameters, 1.0, 1.4**0.5, 32)
+    assert rope(**longrope(type="su")) == rope(**longrope(factor=4.0)) == rope(**longrope())
+    assert rope(**longrope(attention_factor=1.25)).magnitude == 1.25
+    assert rope(**longrope(factor=1.0)).magnitude == 1.0
 
 
 def test_a_counter_of_its_own_numbers_a_second_list() -> None:
@@ -269,6 +385,31 @@ def test_published_configurations_are_read() -> None:
               "sliding_window": 32768, "use_sliding_window": False, "use_mrope": False, "tie_word_embeddings": True}  # fmt: skip
     smollm = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"},
               "vocab_size": 49152, "_name_or_path": "x", "unsloth_fixed": True}  # fmt: skip
+    phi3 = {"architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "embd_pdrop": 0.0,
+            "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+            "original_max_position_embeddings": 4096, "resid_pdrop": 0.0, "rope_scaling": None, "rope_theta": 10000.0,
+            "sliding_window": 2047, "hidden_act": "silu"}  # fmt: skip
+    phi4_mini = {**phi3, "sliding_window": 262144, "partial_rotary_factor": 0.75, "max_position_embeddings": 131072,
+                 "head_dim": 128, "tie_word_embeddings": True, "full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False,
+                 "rope_scaling": {"type": "longrope", "long_factor": [1.0] * 48, "short_factor": [1.0] * 48}}  # fmt: skip
+    gemma2 = {"architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": 50.0,
+              "cache_implementation": "hybrid", "final_logit_softcapping": 30.0, "head_dim": 256, "query_pre_attn_scalar": 256,
+              "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "rope_theta": 10000.0,
+              "sliding_window": 4096, "sliding_window_size": 4096, "rms_norm_eps": 1e-06}  # fmt: skip
+    gemma3 = {"architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": None,
+              "cache_implementation": "hybrid", "final_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh",
+              "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000,
+              "sliding_window": 512, "sliding_window_pattern": 6}  # fmt: skip
+    olmo2 = {"architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "hidden_act": "silu", "rms_norm_eps": 1e-06,
+             "rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": False}  # fmt: skip
+    assert not PHI3.architecture(SHAPE | phi3).tied
+    rope = PHI3.architecture(SHAPE | phi4_mini).rope
+    assert (rope.kind, rope.longest, rope.share) == ("longrope", 4096, 0.75)
+    assert rope.magnitude == pytest.approx((17 / 12) ** 0.5)  # ln 32 / ln 4096 = 5 / 12
+    assert GEMMA2.architecture(SHAPE | gemma2).tied
+    full, local = (getattr(GEMMA3.architecture(SHAPE | gemma3), name) for name in ("rope", "local_rope"))
+    assert (full, local) == (Rope(1e6, "default", {}), Rope(1e4, "default", {}))
+    assert OLMO2.architecture(SHAPE | olmo2).rope.theta == 5e5
     assert not LLAMA.architecture(SHAPE | llama2).tied
     assert LLAMA.architecture(SHAPE | smollm).vocab_size == 49152
     assert LLAMA.architecture(SHAPE | llama32).rope.kind == "llama3"

@@ -60,7 +60,7 @@ def outputs_of(
     """Kind -> (this rank's columns of the logits [b, s, padded/t], losses [b, s]); None before the last stage."""
     results: dict[str, tuple[Floats, Floats] | None] = {}
     for kind, path in paths.items():
-        chunks = build_model(Pretrained.open(path), sizes)
+        chunks = build_model(Pretrained.open(path), sizes, seq_length=ids.shape[1])
         with torch.no_grad():
             logits, losses = forward(chunks, ids, None), forward(chunks, ids, labels)
         results[kind] = (torch.cat(logits).numpy(), torch.cat(losses).numpy()) if logits else None
@@ -97,12 +97,16 @@ def test_logits_and_losses_are_hugging_faces(
 
 def test_fewer_query_groups_than_ranks(tmp_path: Path) -> None:
     ids, labels, sizes = tokens(), tokens(seed=2), ParallelSizes(tensor=4, sequence_parallel=True)
-    paths = {groups: write_model(tmp_path / str(groups), "qwen2", num_key_value_heads=groups) for groups in (1, 2)}
+    paths = {
+        f"{kind} {groups}": write_model(tmp_path / f"{kind} {groups}", kind, num_key_value_heads=groups)
+        for kind in ("qwen2", "phi3", "gemma3", "olmo2")
+        for groups in (1, 2)
+    }
     ranks = run_ranks(4, outputs_of, paths, sizes, ids, labels, sizes=sizes)
-    for groups, path in paths.items():
+    for name, path in paths.items():
         expected = hf_logits(path, ids)
-        logits = torch.cat([torch.from_numpy(rank[groups][0]) for rank in ranks], dim=-1)[..., :VOCAB]
-        assert (logits - expected).abs().max() < 1e-5 * expected.abs().max(), groups
+        logits = torch.cat([torch.from_numpy(rank[name][0]) for rank in ranks], dim=-1)[..., :VOCAB]
+        assert (logits - expected).abs().max() < 1e-5 * expected.abs().max(), name
 
 
 def gathered(rank: int, path: Path, sizes: ParallelSizes, ids: torch.Tensor) -> Floats:
@@ -139,7 +143,7 @@ def held_by(rank: int, path: Path, sizes: ParallelSizes, overrides: dict[str, An
         }
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen3-bias"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen3-bias", "phi3", "gemma3", "olmo2"])
 def test_a_rank_reads_what_it_holds_and_nothing_else(models: dict[str, Path], kind: str) -> None:
     sizes = ParallelSizes(tensor=2, pipeline=2, virtual_pipeline=2)
     ranks = run_ranks(4, held_by, models[kind], sizes, {}, sizes=sizes)
@@ -185,12 +189,14 @@ def test_weights_are_rounded_once_to_the_dtype_asked_for(
         assert not ours[len(theirs) :].any()
 
 
-def train_tied(rank: int, path: Path, sizes: ParallelSizes) -> tuple[float, float]:
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+
+
+def train_tied(rank: int, path: Path, sizes: ParallelSizes, overrides: dict[str, Any]) -> tuple[float, float]:
     """(loss, gradient norm) of one step of the trainer on a model with a tied embedding, which is frozen."""
     pretrained = Pretrained.open(path)
-    chunks = build_model(
-        pretrained, sizes, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
-    )
+    chunks = build_model(pretrained, sizes, **overrides)
     mlora.apply(chunks, mlora.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False), family=pretrained.family)
     trainer = Trainer(chunks, OptimizerSettings(lr=1e-3))
     ids, labels = tokens(4), tokens(4, seed=2)
@@ -209,15 +215,17 @@ def train_tied(rank: int, path: Path, sizes: ParallelSizes) -> tuple[float, floa
     return result.loss, result.grad_norm
 
 
-def test_what_is_built_trains_as_it_is(models: dict[str, Path]) -> None:
+@pytest.mark.parametrize("kind", ["qwen2-tied", "gemma3"])
+def test_what_is_built_trains_as_it_is(models: dict[str, Path], kind: str) -> None:
     """The trainer needs nothing that the model's config lacks, at any layout, with tied embeddings on two stages."""
-    (reference,) = run_ranks(1, train_tied, models["qwen2-tied"], ONE, sizes=ONE)
+    (reference,) = run_ranks(1, train_tied, models[kind], ONE, {}, sizes=ONE)
     assert reference[1] > 0.1
-    for sizes in (
-        ParallelSizes(pipeline=2),
-        ParallelSizes(tensor=2, pipeline=2, virtual_pipeline=2, sequence_parallel=True),
+    for sizes, overrides in (
+        (ONE, SELECTIVE),
+        (ParallelSizes(pipeline=2), FULL),
+        (ParallelSizes(tensor=2, pipeline=2, virtual_pipeline=2, sequence_parallel=True), FULL),
     ):
-        for result in run_ranks(sizes.tensor * 2, train_tied, models["qwen2-tied"], sizes, sizes=sizes):
+        for result in run_ranks(sizes.tensor * sizes.pipeline, train_tied, models[kind], sizes, overrides, sizes=sizes):
             assert result == pytest.approx(reference, rel=1e-5)
 
 
@@ -249,10 +257,10 @@ def error_of(rank: int, path: Path, sizes: ParallelSizes, arguments: dict[str, A
         ("llama", {}, ONE, {"hidden_size": 64}, "hidden_size = 64 cannot be given: the checkpoint and the sizes decide it"),
         ("llama", {}, ONE, {"attention_dropout": 0.1}, "attention_dropout = 0.1 cannot be given"),
         ("llama", {}, ONE, {"dtype": torch.float16}, "dtype is torch.float16; it can be torch.float64, "),
-        ("mistral", {"sliding_window": 32}, ONE, {}, "sliding_window = 32: sequences of 128 tokens would need windowed attention"),
-        ("mistral", {"sliding_window": 32}, ONE, {"seq_length": 33}, "give a seq_length of at most 32"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 3}, ONE, {"seq_length": 33},
-         "sliding_window = 32"),
+        ("phi3-longrope", {}, ONE, {},
+         "original_max_position_embeddings = 64: sequences of 128 tokens would need the rotary angles of long sequences"),
+        ("phi3-longrope", {}, ONE, {"seq_length": 65}, "give a seq_length of at most 64"),
+        ("llama", {}, ONE, {"masked_softmax_fusion": True}, "masked_softmax_fusion = True cannot be given"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_built(
@@ -264,23 +272,25 @@ def test_what_cannot_be_built(
         assert message in error
 
 
-def run_within_window(rank: int, path: Path, ids: torch.Tensor) -> tuple[Floats, str]:
-    chunk = build_model(Pretrained.open(path), ONE, seq_length=32)[0]
+def run_longest(rank: int, path: Path) -> tuple[Floats, str]:
+    chunk = build_model(Pretrained.open(path), ONE, seq_length=64)[0]
     with torch.no_grad():
-        logits = chunk(ids[:, :32], None, None)
+        logits = chunk(tokens(length=64), None, None)
         try:
-            chunk(ids[:, :33], None, None)
+            chunk(tokens(length=65), None, None)
         except ValueError as error:
             return logits.numpy(), str(error)
     return logits.numpy(), "none"
 
 
-def test_a_window_is_held_to_when_the_model_runs(tmp_path: Path) -> None:
-    path, ids = write_model(tmp_path / "model", "mistral", sliding_window=32), tokens()
-    ((logits, error),) = run_ranks(1, run_within_window, path, ids, sizes=ONE)
-    expected = hf_logits(path, ids[:, :32])
+def test_angles_are_held_to_when_the_model_runs(models: dict[str, Path]) -> None:
+    """Hugging Face too takes others for a sequence of one token more."""
+    path = models["phi3-longrope"]
+    ((logits, error),) = run_ranks(1, run_longest, path, sizes=ONE)
+    expected, longer = hf_logits(path, tokens(length=64)), hf_logits(path, torch.cat([tokens(length=64)] * 2, 1))
     assert (torch.from_numpy(logits)[..., :VOCAB] - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert "a sequence of 33 tokens needs windowed attention (sliding_window = 32)" in error
+    assert (longer[:, :64] - expected).abs().max() > 0.01
+    assert "sequences of 65 tokens would need the rotary angles of long sequences" in error
 
 
 def names_of(rank: int, path: Path) -> set[str]:
@@ -291,12 +301,13 @@ def names_of(rank: int, path: Path) -> set[str]:
     return {name for adapter in adapters if adapter is not None for name in adapter.hf_names.values()}
 
 
-def test_adapters_carry_hugging_faces_names(models: dict[str, Path]) -> None:
-    model = make_model("qwen3")
+@pytest.mark.parametrize("kind", ["qwen3", "phi3", "gemma2", "olmo2"])
+def test_adapters_carry_hugging_faces_names(models: dict[str, Path], kind: str) -> None:
+    model = make_model(kind)
     linears = {
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
     }
-    assert run_ranks(1, names_of, models["qwen3"], sizes=ONE) == [linears]
+    assert run_ranks(1, names_of, models[kind], sizes=ONE) == [linears]
 
 
 def unmasked(rank: int, path: Path, ids: torch.Tensor, labels: torch.Tensor) -> float:
@@ -315,12 +326,12 @@ def test_padding_would_be_seen_in_the_loss(models: dict[str, Path], references: 
 
 
 def logits_in_bfloat16(rank: int, path: Path, ids: torch.Tensor) -> Floats:
-    chunk = build_model(Pretrained.open(path), ONE, dtype=torch.bfloat16)[0]
+    chunk = build_model(Pretrained.open(path), ONE, dtype=torch.bfloat16, seq_length=ids.shape[1])[0]
     with torch.no_grad():
         return chunk(ids, None, None).float().numpy()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", ["llama3.1", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama3.1", "qwen2", "qwen3", "phi3-longrope", "gemma2", "gemma3", "olmo2"])
 def test_bfloat16_rounds_no_more_than_hugging_face(
     models: dict[str, Path], references: dict[str, torch.Tensor], kind: str
 ) -> None:

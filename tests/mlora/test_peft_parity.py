@@ -21,6 +21,10 @@ CASES = {
     "qwen2": Case(kind="qwen2", lora=LoraConfig(**LORA), steps=10),
     "qwen3": Case(kind="qwen3", lora=LoraConfig(**LORA), steps=10),
     "mistral": Case(kind="mistral", lora=LoraConfig(**LORA), steps=10),
+    "phi3": Case(kind="phi3", lora=LoraConfig(**LORA, rank_pattern={"qkv_proj": 3}, lora_dropout=0.2)),
+    "gemma2": Case(kind="gemma2", lora=LoraConfig(**LORA), packed=True),
+    "gemma3": Case(kind="gemma3", lora=LoraConfig(**LORA), packed=True),
+    "olmo2": Case(kind="olmo2", lora=LoraConfig(**LORA)),
     # Rows of several samples, of which PEFT sees each alone; the rope's scaling depends on no absolute place either.
     "packed": Case(kind="llama3.1", lora=LoraConfig(**LORA), packed=True),
     "dropout": Case(kind="qwen2-tied", lora=LoraConfig(**LORA, lora_dropout=0.2, seed=3)),
