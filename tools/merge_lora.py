@@ -50,6 +50,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _merge(argv: Sequence[str] | None) -> int:
     arguments = _arguments(argv)
+    _check_device(arguments.device)
     began = time.monotonic()
     adapters: list[tuple[AdapterState, float]] = [(open_adapter(path), weight) for path, weight in arguments.adapter]
     files = BaseModel(arguments.base).files.values()
@@ -67,6 +68,13 @@ def _merge(argv: Sequence[str] | None) -> int:
         )
     _print(arguments.output, report, adapters, time.monotonic() - began)
     return 0
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def _print(output: Path, report: MergeReport, adapters: Sequence[tuple[AdapterState, float]], seconds: float) -> None:

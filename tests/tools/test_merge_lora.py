@@ -77,6 +77,10 @@ def test_what_is_wrong_is_one_line(
         (["--base", tmp_path, "--adapter", adapters[0], "--output", tmp_path / "out"], "it has no config.json"),
         (["--base", base, "--adapter", adapters[0], "--output", base, "--force"], "are in each other's way"),
         (["--base", base, "--adapter", f"{adapters[0]}:0", "--output", tmp_path / "out"], "has weight 0: leave it out"),
+        (
+            ["--base", base, "--adapter", adapters[0], "--output", tmp_path / "out", "--device", "cuda:99"],
+            "--device cuda:99: ",
+        ),
         (["--base", base, "--adapter", f"{adapters[0]}:x", "--output", tmp_path / "out"], "one:x does not exist"),
     ):
         assert run(*words) == 1

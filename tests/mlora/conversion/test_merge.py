@@ -195,15 +195,27 @@ def test_weighted_adapters_are_added_up_exactly(base: Path, tmp_path: Path) -> N
     }
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
+FAMILIES: dict[str, Any] = {
+    "llama": "all-linear",
+    "qwen2": "all-linear",
+    "qwen3": "all-linear",
+    "mistral": "all-linear",
+    "phi3": ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"],  # fused modules of Hugging Face's own
+    "gemma2": "all-linear",
+    "gemma3": ["q_proj", "down_proj", "embed_tokens"],  # its embedding is scaled, its output layer tied
+    "olmo2": "all-linear",
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_the_merged_model_answers_as_pefts(tmp_path: Path, kind: str) -> None:
-    base = write_model(tmp_path / "base", kind, num_hidden_layers=2)
-    model = write_peft(tmp_path / "a", base, target_modules="all-linear")
+    base = write_model(tmp_path / "base", kind)
+    model = write_peft(tmp_path / "a", base, target_modules=FAMILIES[kind])
     do(base, tmp_path / "a", tmp_path / "out")
     ids = tokens()
     with torch.no_grad():
         wanted = model(ids).logits
-    assert (hf_logits(tmp_path / "out", ids) - wanted).abs().max() < 2e-5 * wanted.abs().max()
+    assert (hf_logits(tmp_path / "out", ids) - wanted).abs().max() < 5e-5 * wanted.abs().max()
 
 
 # PEFT writes merged deltas into the one tensor that both embeddings share; what it computes unmerged is what was trained.
