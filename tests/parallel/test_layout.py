@@ -187,6 +187,16 @@ def test_rows_that_are_not_contiguous_are_refused_by_name() -> None:
         gated[0].part_rows("q")
 
 
+def test_the_gates_of_a_group_stand_behind_its_queries() -> None:
+    # Four heads in two groups, of width 1; q holds for each head its row of q and that of its gate.
+    [layout] = layouts("ColumnParallelLinear", QKV, 12, 3, Fused(4, 2, 1, attention_output_gate=True), 1)
+    assert [f"{segment.part}{segment.start}" for segment in layout.segments] == [
+        "q0", "q2", "q1", "q3", "k0", "v0", "q4", "q6", "q5", "q7", "k1", "v1"
+    ]  # fmt: skip
+    assert layout.output_index("q").tolist() == [0, 2, 1, 3, 6, 8, 7, 9]
+    assert layout.output_index("k").tolist() == [4, 10]
+
+
 @settings(deadline=None)
 @given(any_linear())
 def test_every_row_is_on_one_rank_or_on_all(ranks: list[LinearLayout]) -> None:

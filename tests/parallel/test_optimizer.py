@@ -21,15 +21,18 @@ from tests.ranks import run_ranks
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 LR, FC2_LR = 1e-2, 3e-2
+Trained = tuple[str, ...]
 # One small matrix trains: with two stages the last has none, with four data-parallel ranks most have none.
 LAYOUTS = {"PP2": (2, ParallelSizes(pipeline=2)), "DP4": (4, ParallelSizes()), "one": (1, ParallelSizes())}
 TRAINED = ("decoder.layers.0.mlp.linear_fc2.weight", "decoder.layers.1.self_attention.linear_proj.weight")
+# The first stage, whose rank 0 speaks for all of what is the same everywhere, has none.
+AT_THE_END = ("decoder.layers.3.mlp.linear_fc2.weight", "decoder.layers.2.self_attention.linear_proj.weight")
 
 
 class Model:
     """The small model with two matrices that train, at rates of their own, and Megatron's optimizer for it."""
 
-    def __init__(self, sizes: ParallelSizes, trained: tuple[str, ...] = TRAINED) -> None:
+    def __init__(self, sizes: ParallelSizes, trained: Trained = TRAINED) -> None:
         [self.chunk] = gpt.build(sizes, params_dtype=torch.float32, pipeline_dtype=torch.float32)
         for name, parameter in named_parameters(self.chunk):
             parameter.requires_grad_(name in trained)
@@ -103,9 +106,11 @@ def test_the_allocated_state_is_what_torch_starts_from(layout: str) -> None:
         assert ranks[1]["fresh"] == [] and ranks[1]["moved"] == []
 
 
-def save_then_step(rank: int, sizes: ParallelSizes, folder: Path, steps: int) -> dict[str, torch.Tensor]:
+def save_then_step(
+    rank: int, sizes: ParallelSizes, trained: Trained, folder: Path, steps: int
+) -> dict[str, torch.Tensor]:
     """Save after ``steps`` steps; the weights after two more."""
-    model = Model(sizes)
+    model = Model(sizes, trained)
     allocate_adam_state(model.optimizer)
     for seed in range(steps):
         model.step(seed)
@@ -117,8 +122,10 @@ def save_then_step(rank: int, sizes: ParallelSizes, folder: Path, steps: int) ->
     return model.weights()
 
 
-def load_then_step(rank: int, sizes: ParallelSizes, folder: Path, steps: int) -> dict[str, torch.Tensor]:
-    model = Model(sizes)
+def load_then_step(
+    rank: int, sizes: ParallelSizes, trained: Trained, folder: Path, steps: int
+) -> dict[str, torch.Tensor]:
+    model = Model(sizes, trained)
     allocate_adam_state(model.optimizer)
     weights = {key: value for path in folder.glob("weights *") for key, value in torch.load(path).items()}
     with torch.no_grad():
@@ -139,17 +146,28 @@ def load_then_step(rank: int, sizes: ParallelSizes, folder: Path, steps: int) ->
 
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize(
-    ("saved", "loaded"), [("PP2", "PP2"), ("PP2", "one"), ("one", "PP2"), ("DP4", "DP4"), ("DP4", "PP2")]
+    ("saved", "loaded", "trained"),
+    [
+        ("PP2", "PP2", TRAINED),
+        ("PP2", "one", TRAINED),
+        ("one", "PP2", TRAINED),
+        ("DP4", "DP4", TRAINED),
+        ("DP4", "PP2", TRAINED),
+        ("PP2", "PP2", AT_THE_END),
+        ("PP2", "one", AT_THE_END),
+    ],
 )
-def test_what_is_loaded_goes_on_as_if_it_had_not_stopped(saved: str, loaded: str, steps: int, tmp_path: Path) -> None:
+def test_what_is_loaded_goes_on_as_if_it_had_not_stopped(
+    saved: str, loaded: str, trained: Trained, steps: int, tmp_path: Path
+) -> None:
     (tmp_path / "state").mkdir()
     size, sizes = LAYOUTS[saved]
-    on = run_ranks(size, save_then_step, sizes, tmp_path, steps, sizes=sizes)
+    on = run_ranks(size, save_then_step, sizes, trained, tmp_path, steps, sizes=sizes)
     size, sizes = LAYOUTS[loaded]
-    again = run_ranks(size, load_then_step, sizes, tmp_path, steps, sizes=sizes)
+    again = run_ranks(size, load_then_step, sizes, trained, tmp_path, steps, sizes=sizes)
     theirs, ours = ({name: weight for rank in ranks for name, weight in rank.items()} for ranks in (on, again))
-    assert sorted(theirs) == sorted(ours) == sorted(TRAINED)
-    for name in TRAINED:
+    assert sorted(theirs) == sorted(ours) == sorted(trained)
+    for name in trained:
         assert torch.equal(ours[name], theirs[name]), name
 
 
