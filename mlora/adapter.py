@@ -1,14 +1,14 @@
 """The parameters of an adapter on one linear, and the bank of named adapters that hangs below it.
 
-| base | lora_A[p] | lora_B[p] |
-|---|---|---|
-| column-parallel | [r_p, in], replicated | [rows of p on this rank, r_p] |
-| row-parallel | [r, in/t] | [out, r], replicated |
-| replicated | [r, in], replicated | [out, r], replicated |
+| base | lora_A[p] | lora_B[p] | lora_magnitude_vector[p] (DoRA) |
+|---|---|---|---|
+| column-parallel | [r_p, in], replicated | [rows of p on this rank, r_p] | [rows of p on this rank] |
+| row-parallel | [r, in/t] | [out, r], replicated | [out], replicated |
+| replicated | [r, in], replicated | [out, r], replicated | [out], replicated |
 
 p runs over the projections that the linear fuses (q, k, v; gate, up; whole). A rank that holds no row of p (fewer query groups
-than ranks) has no lora_B[p]. With ``shared_A``, or if Hugging Face's module is fused too (Phi 3's ``qkv_proj``), there is one
-lora_A, named "shared".
+than ranks) has no lora_B[p] and no magnitudes of p. With ``shared_A``, or if Hugging Face's module is fused too (Phi 3's
+``qkv_proj``), there is one lora_A, named "shared".
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,20 +33,20 @@ class Factor:
     Attributes:
         name: global, for example ``decoder.layers.3.self_attention.linear_qkv.q.lora_A``.
         parameter: this rank's piece.
-        shape: of the whole matrix.
+        shape: of the whole matrix or, for magnitudes, vector.
         offset: of this rank's piece in it.
         replicated: every rank of the tensor-parallel group holds the same piece.
     """
 
     name: str
     parameter: torch.nn.Parameter
-    shape: tuple[int, int]
-    offset: tuple[int, int]
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
     replicated: bool
 
 
 class _Factors(torch.nn.ParameterDict):
-    """Matrices by projection, which a state dict neither sets nor lacks: see :class:`AdapterBank`."""
+    """Parameters by projection, which a state dict neither sets nor lacks: see :class:`AdapterBank`."""
 
     def _load_from_state_dict(self, *args: Any) -> None:
         pass
@@ -89,11 +89,14 @@ class LinearAdapter(torch.nn.Module):
             raise ValueError(f"{layout.name}: shared_A needs one rank for all its projections, not {self.ranks}")
         self.lora_A = _Factors()
         self.lora_B = _Factors()
+        self.lora_magnitude_vector = _Factors()
         for part in [SHARED] if self.shares_A else self.parts:
             self.lora_A[part] = self._new_A(part, base.device)
         for part in self.parts:
             if layout.part_rows(part)[1]:
                 self.lora_B[part] = self._new_B(part, base.device)
+                if self.uses_dora:
+                    self.lora_magnitude_vector[part] = self._new_magnitude(part, base.device)
                 self.register_buffer(f"_index_{part}", layout.output_index(part).to(base.device), persistent=False)
 
     def _new_A(self, part: str, device: torch.device) -> torch.nn.Parameter:
@@ -107,6 +110,10 @@ class LinearAdapter(torch.nn.Module):
         first, count = layout.part_rows(part)
         whole = self._draw(f"{layout.name}.{part}.lora_B", "B", dict(layout.parts)[part], rank, rank)
         return self._parameter(whole[first : first + count], 0, layout.partition_dim == 0, device)
+
+    def _new_magnitude(self, part: str, device: torch.device) -> torch.nn.Parameter:
+        # mlora.dora.reset_magnitudes() computes them, which takes the whole group.
+        return self._parameter(torch.ones(self.layout.part_rows(part)[1]), 0, self.layout.partition_dim == 0, device)
 
     def _draw(self, name: str, factor: str, rows: int, columns: int, rank: int) -> torch.Tensor:
         return draw(self.config.seed, name, self.config.init_lora_weights, factor, rows, columns, rank)
@@ -132,15 +139,28 @@ class LinearAdapter(torch.nn.Module):
             shape = (dict(layout.parts)[part], parameter.shape[1])
             name, offset = f"{layout.name}.{part}.lora_B", (layout.part_rows(part)[0], 0)
             yield Factor(name, parameter, shape, offset, layout.partition_dim != 0)
+        for part, parameter in self.lora_magnitude_vector.items():
+            name, first = f"{layout.name}.{part}.lora_magnitude_vector", layout.part_rows(part)[0]
+            yield Factor(name, parameter, (dict(layout.parts)[part],), (first,), layout.partition_dim != 0)
 
     def index(self, part: str) -> torch.Tensor:
         """Where the rows of ``lora_B[part]`` stand among this rank's output rows, int64 [rows]."""
         index: torch.Tensor = getattr(self, f"_index_{part}")
         return index
 
+    @property
+    def uses_dora(self) -> bool:
+        """The rows of the adapted weight have the lengths ``lora_magnitude_vector``."""
+        return self.config.use_dora
+
+    @property
+    def drops(self) -> bool:
+        """Dropout is on."""
+        return self.training and self.config.lora_dropout > 0
+
     def dropout(self, length: int) -> Dropout | None:
         """The mask of the current micro batch's input, of sequences of ``length`` tokens; None outside of training."""
-        if not self.training or self.config.lora_dropout == 0:
+        if not self.drops:
             return None
         return Dropout.of(self.config.lora_dropout, self.config.seed, self.layout.name, length)
 
@@ -214,6 +234,8 @@ class AdapterBank(torch.nn.Module):
         adapters: by name.
         active: the name of the adapter that forward adds; None for none.
         merged: the name of the adapter that is in the base weight now; None for none.
+        weight_before_merge: the base weight without it, on the host.
+        scale_of_merge: DoRA's factor of each row in that merge.
         packed: the fused way's buffers (:mod:`mlora.packed`); None on the other ways.
     """
 
@@ -224,6 +246,7 @@ class AdapterBank(torch.nn.Module):
         self.active: str | None = None
         self.merged: str | None = None
         self.weight_before_merge: torch.Tensor | None = None
+        self.scale_of_merge: torch.Tensor | None = None
         self.packed: Any = None
 
     def adapter(self, name: str) -> LinearAdapter | None:

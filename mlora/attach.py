@@ -12,6 +12,7 @@ from megatron.core.transformer.mlp import MLP
 
 from mlora.adapter import AdapterBank, Factor, LinearAdapter
 from mlora.config import LoraConfig
+from mlora.dora import reset_magnitudes
 from mlora.families import Family
 from mlora.local import LocalLora
 from mlora.names import hf_module_name
@@ -78,7 +79,7 @@ def apply(
 
     Args:
         model: this rank's chunks: one, or one for each virtual pipeline stage.
-        config: what to adapt.
+        config: what to adapt. DoRA starts from the base weights, which must be in place.
         adapter_name: of the new adapter.
         family: whose Hugging Face names the linears have (``Pretrained.family``); None for Llama's names.
 
@@ -103,6 +104,9 @@ def apply(
     if adapter_name in existing:
         raise ValueError(f"there is an adapter {adapter_name!r} already")
     adapters = together(lambda: _make(chunks, linears, targets, config))
+    if config.use_dora:
+        for module, adapter in adapters:
+            reset_magnitudes(adapter, module.weight)  # type: ignore[arg-type]
     if not existing:
         for chunk in chunks:
             chunk.requires_grad_(False)
@@ -151,7 +155,7 @@ def _make(
     made = []
     for name, chosen in by_module.items():
         module, layout = linears[name]
-        _check_supported(module, layout)
+        _check_supported(module, layout, config)
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
         made.append((module, LinearAdapter(layout, chosen, config, weight)))
     return made
@@ -186,8 +190,15 @@ def _is_local(module: torch.nn.Module) -> bool:
     return isinstance(module, ColumnParallelLinear | RowParallelLinear)
 
 
-def _check_supported(module: torch.nn.Module, layout: LinearLayout) -> None:
+def _check_supported(module: torch.nn.Module, layout: LinearLayout, lora: LoraConfig) -> None:
     config: Any = module.config
+    if not _is_local(module) and lora.use_dora and lora.lora_dropout > 0:
+        raise ValueError(
+            f"{layout.name}: DoRA with a lora_dropout of {lora.lora_dropout} needs a second product with the base weight, which "
+            f"Transformer Engine's linears do not give; set lora_dropout to 0"
+        )
+    if not _is_local(module) and lora.use_dora and type(module.weight) is not torch.nn.Parameter:
+        raise ValueError(f"{layout.name}: DoRA needs the lengths of the weight's rows, and the weight is quantized")
     if not _is_local(module) and getattr(config, "use_transformer_engine_op_fuser", False):
         raise ValueError(
             f"{layout.name}: with use_transformer_engine_op_fuser the MLP never calls its linears, so an adapter on them would do "

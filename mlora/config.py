@@ -34,7 +34,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
     "use_bdlora": (None, False),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "velora_config": (None,),
 }
@@ -62,6 +61,7 @@ class LoraConfig:
             regular expression that matches the whole path), or "all-linear": every linear but the output layer.
         exclude_modules: names not to adapt, a list or a regular expression likewise.
         use_rslora: rank-stabilised scaling (Kalajdzievski 2023).
+        use_dora: the length of each row of the adapted weight is a parameter too (Liu et al. 2024, DoRA).
         rank_pattern, alpha_pattern: regular expression on the end of a path -> rank or alpha of the modules that it matches.
         layers_to_transform: only these layer indices (over the whole model); with a list of target modules.
         layers_pattern: names of the module lists that ``layers_to_transform`` counts in, such as "layers".
@@ -78,6 +78,7 @@ class LoraConfig:
     target_modules: str | Sequence[str] = "all-linear"
     exclude_modules: str | Sequence[str] | None = None
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: int | Sequence[int] | None = None
@@ -128,7 +129,7 @@ class LoraConfig:
             raise ValueError(f"seed is {self.seed!r}; it must be a whole number")
 
     def _check_choices(self) -> None:
-        for name in ("use_rslora", "shared_A"):
+        for name in ("use_rslora", "use_dora", "shared_A"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":

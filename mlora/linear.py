@@ -101,11 +101,11 @@ class LoraLinear(torch.autograd.Function):
             raise RuntimeError("an adapted linear gives its base no gradient: its weight and bias must stay frozen")
         whole = collectives.all_gather(x, geometry.group) if geometry.gathers else x
         dropped = geometry.dropout(whole, first_feature=geometry.first_feature) if geometry.dropout else whole
-        low = torch.nn.functional.linear(_tokens(dropped).to(lora_A.dtype), lora_A)
+        low = torch.nn.functional.linear(flat_tokens(dropped).to(lora_A.dtype), lora_A)
         term = torch.nn.functional.linear(low, lora_B)
-        y = _add_product(term if bias is None else term.add_(bias), _tokens(whole), weight.T)
+        y = add_product(term if bias is None else term.add_(bias), flat_tokens(whole), weight.T)
         ctx.save_for_backward(x if needs_A else None, weight, lora_A, lora_B, low if needs_B else None)
-        ctx.geometry, ctx.autocast = geometry, _autocast(x.device.type)
+        ctx.geometry, ctx.autocast = geometry, autocast_now(x.device.type)
         return y.view(*whole.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -116,18 +116,19 @@ class LoraLinear(torch.autograd.Function):
         geometry: Geometry = ctx.geometry
         needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         with torch.autocast(**ctx.autocast):
-            d = _tokens(dy).to(lora_B.dtype) @ lora_B
-            dx = _input_gradient(dy, weight, d @ lora_A, geometry) if needs_x else None
-            dA = _gradient_of_A(x, d, geometry) if needs_A else None
-            dB = _gradient_of_B(dy, low, geometry) if needs_B else None
+            d = flat_tokens(dy).to(lora_B.dtype) @ lora_B
+            dx = input_gradient(dy, weight, d @ lora_A, geometry) if needs_x else None
+            dA = gradient_of_A(x, d, geometry) if needs_A else None
+            dB = gradient_of_B(dy, low, geometry) if needs_B else None
         return dx, None, None, dA, dB, None
 
 
-def _input_gradient(dy: torch.Tensor, weight: torch.Tensor, low_dx: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+def input_gradient(dy: torch.Tensor, weight: torch.Tensor, low_dx: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """dy W and, behind the dropout mask, ``low_dx`` [T, in_l] (consumed), summed as the base sums its input gradient."""
     if geometry.dropout:
         shaped = low_dx.view(*dy.shape[:-1], low_dx.shape[-1])
-        low_dx = _tokens(geometry.dropout(shaped, first_feature=geometry.first_feature))
-    dx = _add_product(low_dx, _tokens(dy), weight)
+        low_dx = flat_tokens(geometry.dropout(shaped, first_feature=geometry.first_feature))
+    dx = add_product(low_dx, flat_tokens(dy), weight)
     if geometry.gathers:
         dx = collectives.reduce_scatter(dx, geometry.group)
     elif geometry.reduce_dx:
@@ -135,35 +136,37 @@ def _input_gradient(dy: torch.Tensor, weight: torch.Tensor, low_dx: torch.Tensor
     return dx.view(-1, *dy.shape[1:-1], dx.shape[-1])
 
 
-def _gradient_of_A(x: torch.Tensor, d: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+def gradient_of_A(x: torch.Tensor, d: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """dᵀ dropout(x), from x [s, b, in_l] as the linear got it and d [T, R] of this rank's output rows."""
     if geometry.gathers:
         d = collectives.reduce_scatter(d, geometry.group)
     elif not geometry.row_parallel:
         d = collectives.all_reduce(d, geometry.group)
     if geometry.dropout:
         x = geometry.dropout(x, first_token=geometry.first_token(x.shape[0]), first_feature=geometry.first_feature)
-    return d.T @ _tokens(x).to(d.dtype)
+    return d.T @ flat_tokens(x).to(d.dtype)
 
 
-def _gradient_of_B(dy: torch.Tensor, low: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+def gradient_of_B(dy: torch.Tensor, low: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """dyᵀ s, from dy [s, b, out_l] and this rank's ``low`` [T, R]."""
     if geometry.row_parallel and not geometry.sequence_parallel:
         low = collectives.all_reduce(low, geometry.group)
-    return _tokens(dy).to(low.dtype).T @ low
+    return flat_tokens(dy).to(low.dtype).T @ low
 
 
-def _tokens(x: torch.Tensor) -> torch.Tensor:
+def flat_tokens(x: torch.Tensor) -> torch.Tensor:
     """[s, b, n] -> [s·b, n], sequence first: the order that is gathered and scattered."""
     return x.reshape(-1, x.shape[-1])
 
 
-def _add_product(term: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def add_product(term: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """``term + left right`` in the product's dtype; ``term`` [T, n] is consumed, left [T, m], right [m, n]."""
     if term.dtype == left.dtype == right.dtype:
         return term.addmm_(left, right)
     return (left @ right).add_(term)
 
 
-def _autocast(device: str) -> dict[str, Any]:
+def autocast_now(device: str) -> dict[str, Any]:
     """What ``torch.autocast`` is told now, for backward: the engine runs that outside of the caller's context."""
     enabled = torch.is_autocast_enabled(device)
     return {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": enabled}

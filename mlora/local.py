@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from mlora.adapter import AdapterBank, LinearAdapter
+from mlora.dora import DoraLinear, Rescale, scales
 from mlora.linear import Geometry, LoraLinear
 
 
@@ -12,6 +13,16 @@ class LocalLora:
     """Forward of an adapted ``ColumnParallelLinear`` or ``RowParallelLinear``; comes before it in the instance's class."""
 
     lora: AdapterBank
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
+
+    def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Megatron's, and DoRA's scale where it comes behind the sum over the ranks."""
+        y, later = super().forward(input_, *args, **kwargs)  # type: ignore[misc]
+        adapter = self.lora.current()
+        if adapter is None or not adapter.uses_dora or adapter.drops or adapter.layout.partition_dim != 1:
+            return y, later
+        return Rescale.apply(y, scales(adapter, self.weight), self.bias if later is None else None), later  # type: ignore[no-untyped-call]
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Megatron's seam: everything between the collectives around a linear."""
@@ -19,8 +30,14 @@ class LocalLora:
         if adapter is None:
             return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc,no-any-return]
         geometry = self._geometry(adapter, input, bool(kwargs.get("allreduce_dgrad")))
-        bias = kwargs.get("bias")
-        return LoraLinear.apply(input, weight, bias, *adapter.fused(), geometry)  # type: ignore[no-any-return,no-untyped-call]
+        bias, (lora_A, lora_B) = kwargs.get("bias"), adapter.fused()
+        if adapter.uses_dora and geometry.dropout is not None:
+            scale = scales(adapter, weight)
+            return DoraLinear.apply(input, weight, bias, lora_A, lora_B, scale, geometry)  # type: ignore[no-any-return,no-untyped-call]
+        y = LoraLinear.apply(input, weight, bias, lora_A, lora_B, geometry)  # type: ignore[no-untyped-call]
+        if adapter.uses_dora and not geometry.row_parallel:
+            return Rescale.apply(y, scales(adapter, weight), bias)  # type: ignore[no-any-return,no-untyped-call]
+        return y  # type: ignore[no-any-return]
 
     def _geometry(self, adapter: LinearAdapter, x: torch.Tensor, reduce_dx: bool) -> Geometry:
         layout = adapter.layout

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from mlora.adapter import AdapterBank
+from mlora.adapter import AdapterBank, LinearAdapter
 from mlora.attach import DEFAULT_ADAPTER, banks, check_adapter_exists, freeze_all_but
+from mlora.dora import scales
 from parallel.stages import as_chunks, union_over_stages
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def disable_adapter(model: Model) -> Iterator[None]:
     """The base model alone while the context lasts, whatever ends it: no adapter is added, and a merged one is taken out."""
     pairs = list(_pairs(model))
     before = [(bank, bank.active, bank.merged) for _, bank in pairs]
+    row_scales = [bank.scale_of_merge for _, bank in pairs]
     # No collective here: what ends the context on one rank may not end it on another.
     _unmerge(pairs)
     try:
@@ -56,11 +58,11 @@ def disable_adapter(model: Model) -> Iterator[None]:
         merged = next((name for _, _, name in before if name is not None), None)
         if merged is not None:
             _unmerge(pairs)
-            _merge(pairs, merged)
+            _merge(pairs, merged, row_scales)
 
 
 def merge_adapter(model: Model, adapter_name: str = DEFAULT_ADAPTER) -> None:
-    """Put ``σ B A`` into the base weights: summed in float32, rounded once to the weight's dtype.
+    """Put ``σ B A``, and DoRA's scale of the rows, into the base weights: in float32, rounded once to the weight's dtype.
 
     The weights as they were are kept in host memory, so that :func:`unmerge_adapter` brings back the same bits.
 
@@ -71,7 +73,7 @@ def merge_adapter(model: Model, adapter_name: str = DEFAULT_ADAPTER) -> None:
     found = [bank for _, bank in pairs]
     check_adapter_exists(found, adapter_name)
     _check_not_merged(found)
-    _merge(pairs, adapter_name)
+    _merge(pairs, adapter_name, [_scale(weight, bank.adapter(adapter_name)) for weight, bank in pairs])
 
 
 def unmerge_adapter(model: Model) -> None:
@@ -87,16 +89,23 @@ def unmerge_adapter(model: Model) -> None:
 
 
 @torch.no_grad()
-def _merge(pairs: Pairs, adapter_name: str) -> None:
+def _scale(weight: torch.Tensor, adapter: LinearAdapter | None) -> torch.Tensor | None:
+    """DoRA's factor of each row [out_l], a collective; None without DoRA."""
+    return scales(adapter, weight) if adapter is not None and adapter.uses_dora else None
+
+
+@torch.no_grad()
+def _merge(pairs: Pairs, adapter_name: str, row_scales: Sequence[torch.Tensor | None]) -> None:
     try:
-        for weight, bank in pairs:
-            bank.merged = adapter_name
+        for (weight, bank), scale in zip(pairs, row_scales, strict=True):
+            bank.merged, bank.scale_of_merge = adapter_name, scale
             adapter = bank.adapter(adapter_name)
             if adapter is not None:
                 kept = weight.detach().to("cpu", copy=True)
                 delta = adapter.delta()
                 bank.weight_before_merge = kept
-                weight.copy_(weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta)
+                total = weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
+                weight.copy_(total if scale is None else total.mul_(scale[:, None]))
     except BaseException:
         _unmerge(pairs)  # Out of memory, say: all or nothing.
         raise
@@ -107,7 +116,7 @@ def _unmerge(pairs: Pairs) -> None:
     for weight, bank in pairs:
         if bank.weight_before_merge is not None:
             weight.copy_(bank.weight_before_merge)
-        bank.weight_before_merge, bank.merged = None, None
+        bank.weight_before_merge, bank.scale_of_merge, bank.merged = None, None, None
 
 
 def _pairs(model: Model) -> Iterator[tuple[torch.Tensor, AdapterBank]]:

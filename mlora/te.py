@@ -3,7 +3,7 @@
 | way | where | cost |
 |---|---|---|
 | fused | bf16 and fp16 weights on a GPU with Triton, RMS norm or none in front | a few percent of the linear (:mod:`mlora.fused`) |
-| beside | everything else: FP8, fp32, overlapped communication, layer norm with bias | a pass or two more (:mod:`mlora.branch`) |
+| beside | all else: FP8, fp32, overlapped communication, layer norm with bias, DoRA | a pass or two more (:mod:`mlora.branch`) |
 
 The choice is made at a module's first forward, when its weight has its final dtype and device, and again when these change.
 Transformer Engine's own forward is never given the fused way's weight: it is a view with a row stride, which its GEMM would
@@ -18,6 +18,7 @@ import torch
 
 from mlora.adapter import AdapterBank, LinearAdapter
 from mlora.branch import LoraBranch
+from mlora.dora import Rescale, scales
 from mlora.linear import Geometry
 
 # (whether it holds, what stands in the way of the fused path if it does not), asked in this order.
@@ -36,6 +37,7 @@ _RULES: list[_Rule] = [
     (lambda m, a: not m.config.cpu_offloading, "activations are offloaded to the host"),
     (lambda m, a: getattr(m, "normalization", "RMSNorm") == "RMSNorm", "the norm in front is a layer norm"),
     (lambda m, a: len(set(a.scaling.values())) == 1 or not a.shares_A, "one A has several scalings"),
+    (lambda m, a: not a.uses_dora, "the adapter is DoRA"),
 ]
 
 
@@ -61,7 +63,11 @@ class TeLora:
             return y, bias
         geometry = self.geometry(adapter, self.length(x))
         term = LoraBranch.apply(self._normed(x), *adapter.fused(), geometry)  # type: ignore[no-untyped-call]
-        return (y + term).to(y.dtype), bias
+        y = (y + term).to(y.dtype)
+        if adapter.uses_dora:
+            added = self.bias if self.use_bias and bias is None else None  # type: ignore[attr-defined]
+            y = Rescale.apply(y, scales(adapter, self.weight), added)  # type: ignore[no-untyped-call]
+        return y, bias
 
     def packed(self, adapter: LinearAdapter | None) -> Any:
         """The buffers of the fused way, made or refreshed; None on the other way."""
@@ -72,6 +78,9 @@ class TeLora:
             return kept
         if kept is None or kept.adapter is not adapter:
             if obstacle(self, adapter) is not None:
+                if kept is not None:  # Made for another adapter; Transformer Engine must not see its view.
+                    self.weight.data = self.weight.data.contiguous()
+                    self.lora.packed = None
                 return None
             from mlora.packed import Packed
 

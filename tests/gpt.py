@@ -138,8 +138,12 @@ def fill_adapter(chunks: Sequence[torch.nn.Module], adapter_name: str = "default
 
 def piece(whole: torch.Tensor, factor: Factor) -> torch.Tensor:
     """What the rank that has ``factor`` holds of a whole tensor."""
-    (row, column), (rows, columns) = factor.offset, factor.parameter.shape
-    return whole[row : row + rows, column : column + columns]
+    return whole[place(factor.offset, factor.parameter)]
+
+
+def place(offset: tuple[int, ...], tensor: torch.Tensor) -> tuple[slice, ...]:
+    """Where in a whole tensor a piece stands that begins at ``offset``."""
+    return tuple(slice(first, first + size) for first, size in zip(offset, tensor.shape, strict=True))
 
 
 def micro_batch(number: int) -> dict[str, torch.Tensor]:
@@ -176,7 +180,7 @@ def run(chunks: Sequence[torch.nn.Module], *, count: int = 2, step: int = 0, for
     return float(torch.stack(list(reports)).mean()) if reports else 0.0
 
 
-Pieces = dict[str, tuple[tuple[int, int], tuple[int, int], torch.Tensor]]
+Pieces = dict[str, tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]]
 
 
 def pieces(chunks: Sequence[torch.nn.Module], what: str = "weight", adapter_name: str = "default") -> Pieces:
@@ -201,13 +205,12 @@ def whole(ranks: Sequence[Pieces]) -> dict[str, torch.Tensor]:
     """
     joined: dict[str, torch.Tensor] = {}
     for held in ranks:
-        for name, (shape, (row, column), tensor) in held.items():
-            target = joined.setdefault(name, torch.full(shape, torch.nan, dtype=tensor.dtype))
-            place = target[row : row + tensor.shape[0], column : column + tensor.shape[1]]
-            assert place.isnan().all() or torch.allclose(place, tensor, rtol=0, atol=1e-12), (
+        for name, (shape, offset, tensor) in held.items():
+            target = joined.setdefault(name, torch.full(shape, torch.nan, dtype=tensor.dtype))[place(offset, tensor)]
+            assert target.isnan().all() or torch.allclose(target, tensor, rtol=0, atol=1e-12), (
                 f"{name} differs between ranks"
             )
-            place.copy_(tensor)
+            target.copy_(tensor)
     for name, tensor in joined.items():
         assert not tensor.isnan().any(), f"a part of {name} is on no rank"
     return joined

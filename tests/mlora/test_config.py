@@ -44,6 +44,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("exclude_modules", [None], "exclude_modules holds None"),
     ("use_rslora", "false", "use_rslora is 'false'; it must be true or false"),
     ("use_rslora", 1, "use_rslora is 1"),
+    ("use_dora", "yes", "use_dora is 'yes'; it must be true or false"),
     ("shared_A", None, "shared_A is None"),
     ("rank_pattern", ["q_proj"], "rank_pattern is ['q_proj']; give a mapping"),
     ("rank_pattern", {"q_proj": 0}, "rank_pattern['q_proj'] is 0; a LoRA rank"),
@@ -130,6 +131,7 @@ FULL = LoraConfig(
     target_modules=["q_proj", "linear_fc1"],
     exclude_modules=r".*\.0\..*",
     use_rslora=True,
+    use_dora=True,
     rank_pattern={"^model.x": 3, "q_proj": 2},
     alpha_pattern={"q_proj": 1.5},
     layers_to_transform=[1, 3],
@@ -162,7 +164,7 @@ PEFT_CASES: list[dict[str, Any]] = [
     {"target_modules": r".*\.q_proj", "exclude_modules": ["lm_head"], "use_rslora": True, "init_lora_weights": "gaussian"},
     {"target_modules": ["q_proj"], "layers_to_transform": 3, "layers_pattern": "layers", "init_lora_weights": False},
     {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q": 0.5}},
-    {"target_modules": ["q_proj"], "rank_pattern": None, "alpha_pattern": None, "layers_to_transform": None},
+    {"target_modules": ["q_proj"], "use_dora": True, "rank_pattern": None, "alpha_pattern": None, "layers_to_transform": None},
 ]  # fmt: skip
 
 
@@ -171,7 +173,7 @@ def test_peft_files_and_dictionaries_are_read(values: dict[str, Any], tmp_path: 
     theirs = peft.LoraConfig(**values)
     theirs.save_pretrained(str(tmp_path))
     for ours in (LoraConfig.from_json(tmp_path / "adapter_config.json"), LoraConfig.from_dict(theirs.to_dict())):
-        for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "bias"):
+        for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "bias"):
             assert getattr(ours, name) == getattr(theirs, name), name
         for name in ("rank_pattern", "alpha_pattern"):
             assert getattr(ours, name) == (getattr(theirs, name) or {}), name
@@ -200,7 +202,6 @@ def test_every_field_that_peft_writes_is_known(tmp_path: Path) -> None:
 
 
 UNSUPPORTED: list[tuple[str, Any, str]] = [
-    ("use_dora", True, "use_dora = True is not supported; it must be False"),
     ("modules_to_save", ["lm_head"], "modules_to_save = ['lm_head'] is not supported; it must be None"),
     ("target_parameters", ["experts.down_proj"], "target_parameters = ['experts.down_proj'] is not supported"),
     ("trainable_token_indices", [5], "trainable_token_indices = [5] is not supported"),

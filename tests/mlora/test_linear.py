@@ -21,6 +21,7 @@ from mlora.dropout import Dropout, MicroBatch, set_micro_batch
 from parallel import collectives, shards
 from parallel.layout import LinearLayout, read_layout
 from parallel.sizes import ParallelSizes
+from tests.gpt import piece
 from tests.ranks import run_ranks
 
 TOKENS, ROWS, HIDDEN = 12, 2, 24
@@ -42,6 +43,7 @@ class Case:
     shared_A: bool = False
     targets: Any = "all-linear"
     rank_pattern: Any = None
+    dora: bool = False
 
 
 QKV, PROJ, FC1, FC2 = "self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"
@@ -142,14 +144,13 @@ def build(case: Case, sizes: ParallelSizes) -> tuple[torch.nn.Module, torch.nn.M
         target_modules=case.targets,
         rank_pattern=case.rank_pattern or {},
         shared_A=case.shared_A,
+        use_dora=case.dora,
         seed=SEED,
     )
     mlora.apply([model], lora)
     with torch.no_grad():
         for factor in factors([model]):
-            rows, columns = factor.parameter.shape
-            (row, column), whole = factor.offset, random(factor.name, *factor.shape)
-            factor.parameter.copy_(whole[row : row + rows, column : column + columns])
+            factor.parameter.copy_(piece(random(factor.name, *factor.shape), factor))
     return model, module, layout
 
 
@@ -173,6 +174,7 @@ def unsharded(case: Case, layout: LinearLayout) -> Unsharded:
     ranks = {part: (case.rank_pattern or {}).get(hf.get(part, ""), case.rank) for part, _ in layout.parts}
     A: dict[str, torch.Tensor] = {}
     B: dict[str, torch.Tensor] = {}
+    m: dict[str, torch.Tensor] = {}
     outputs = {}
     for part, rows in layout.parts:
         y = x @ random(f"W{part}", rows, n_in).T
@@ -183,11 +185,18 @@ def unsharded(case: Case, layout: LinearLayout) -> Unsharded:
             if key not in A:
                 A[key] = random(f"{case.name}.{key}.lora_A", ranks[part], n_in).requires_grad_()
             B[part] = random(f"{case.name}.{part}.lora_B", rows, ranks[part]).requires_grad_()
-            y = y + 3 / ranks[part] * (dropped @ A[key].T) @ B[part].T
+            delta = 3 / ranks[part] * B[part] @ A[key]
+            if case.dora:
+                m[part] = random(f"{case.name}.{part}.lora_magnitude_vector", rows).requires_grad_()
+                weight = random(f"W{part}", rows, n_in)
+                # The length is a constant to backward.
+                delta = (m[part] / (weight + delta.detach()).norm(dim=1))[:, None] * (weight + delta) - weight
+            y = y + dropped @ delta.T
         outputs[part] = y
     sum((y * random(f"g{part}", TOKENS, ROWS, y.shape[-1])).sum() for part, y in outputs.items()).backward()  # type: ignore[union-attr]
     gradients = {f"{case.name}.{part}.lora_A": factor.grad for part, factor in A.items()}
     gradients |= {f"{case.name}.{part}.lora_B": factor.grad for part, factor in B.items()}
+    gradients |= {f"{case.name}.{part}.lora_magnitude_vector": factor.grad for part, factor in m.items()}
     assert x.grad is not None
     return Unsharded(outputs, x.grad, gradients)  # type: ignore[arg-type]
 
@@ -231,10 +240,7 @@ def run_case(rank: int, case: Case, sizes: ParallelSizes) -> dict[str, float]:
             dist.all_reduce(
                 gradient, group=parallel_state.get_tensor_model_parallel_group()
             )  # Megatron's finalize step
-        (row, column), (rows, columns) = factor.offset, factor.parameter.shape
-        errors[factor.name] = relative(
-            gradient, oracle.gradients[factor.name][row : row + rows, column : column + columns]
-        )
+        errors[factor.name] = relative(gradient, piece(oracle.gradients[factor.name], factor))
     assert set(oracle.gradients) >= {factor.name for factor in factors([model])}
     return errors
 
@@ -308,18 +314,18 @@ def broken_errors(rank: int, case: Case, sizes: ParallelSizes, site: str, name: 
 
 PLAIN, SP = ParallelSizes(tensor=2), ParallelSizes(tensor=2, sequence_parallel=True)
 FAULTS = [
-    (Case(QKV), PLAIN, "_gradient_of_A", "all_reduce", missing_all_reduce),
-    (Case(QKV), PLAIN, "_gradient_of_A", "all_reduce", doubled),
-    (Case(QKV), PLAIN, "_input_gradient", "all_reduce_", missing_all_reduce),
-    (Case(QKV), PLAIN, "_input_gradient", "all_reduce_", doubled),
+    (Case(QKV), PLAIN, "gradient_of_A", "all_reduce", missing_all_reduce),
+    (Case(QKV), PLAIN, "gradient_of_A", "all_reduce", doubled),
+    (Case(QKV), PLAIN, "input_gradient", "all_reduce_", missing_all_reduce),
+    (Case(QKV), PLAIN, "input_gradient", "all_reduce_", doubled),
     (Case(QKV), SP, "forward", "all_gather", missing_all_gather),
     (Case(QKV), SP, "forward", "all_gather", doubled_all_gather),
-    (Case(QKV), SP, "_gradient_of_A", "reduce_scatter", missing_reduce_scatter),
-    (Case(QKV), SP, "_gradient_of_A", "reduce_scatter", scaled_reduce_scatter),
-    (Case(QKV), SP, "_input_gradient", "reduce_scatter", missing_reduce_scatter),
-    (Case(QKV), SP, "_input_gradient", "reduce_scatter", scaled_reduce_scatter),
-    (Case(PROJ), PLAIN, "_gradient_of_B", "all_reduce", missing_all_reduce),
-    (Case(PROJ), PLAIN, "_gradient_of_B", "all_reduce", doubled),
+    (Case(QKV), SP, "gradient_of_A", "reduce_scatter", missing_reduce_scatter),
+    (Case(QKV), SP, "gradient_of_A", "reduce_scatter", scaled_reduce_scatter),
+    (Case(QKV), SP, "input_gradient", "reduce_scatter", missing_reduce_scatter),
+    (Case(QKV), SP, "input_gradient", "reduce_scatter", scaled_reduce_scatter),
+    (Case(PROJ), PLAIN, "gradient_of_B", "all_reduce", missing_all_reduce),
+    (Case(PROJ), PLAIN, "gradient_of_B", "all_reduce", doubled),
 ]
 
 

@@ -21,7 +21,7 @@ PP2, VPP2 = ParallelSizes(pipeline=2), ParallelSizes(pipeline=2, virtual_pipelin
 LAYOUTS = [(1, ONE), (2, TP2), (2, SP2), (4, ParallelSizes(tensor=4))]
 WIDE = LoraConfig(r=5, lora_alpha=7, rank_pattern={"k_proj": 2})
 NARROW = LoraConfig(
-    r=2, lora_alpha=3, target_modules=["v_proj", "linear_fc2"], layers_to_transform=[0, 1], shared_A=True
+    r=2, lora_alpha=3, target_modules=["v_proj", "linear_fc2"], layers_to_transform=[0, 1], shared_A=True, use_dora=True
 )
 
 
@@ -88,12 +88,13 @@ def test_each_adapter_is_as_if_it_were_alone(size: int, sizes: ParallelSizes) ->
     run_ranks(size, switching, sizes, sizes=sizes)
 
 
-def turning_off(rank: int, sizes: ParallelSizes, merged: bool) -> None:
+def turning_off(rank: int, sizes: ParallelSizes, merged: str | None) -> None:
     base = output(model(sizes))
     chunks = model(sizes, ("default", WIDE), ("narrow", NARROW))
     before = weights(chunks)
-    if merged:
-        mlora.merge_adapter(chunks)
+    if merged is not None:
+        mlora.set_adapter(chunks, merged)
+        mlora.merge_adapter(chunks, merged)
     on, held = output(chunks), weights(chunks)
     assert relative(on, base) > 1e-3
     with mlora.disable_adapter(chunks):
@@ -110,7 +111,7 @@ def turning_off(rank: int, sizes: ParallelSizes, merged: bool) -> None:
     assert torch.equal(output(chunks), on) and same(weights(chunks), held)
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("merged", [None, "default", "narrow"])
 @pytest.mark.parametrize(("size", "sizes"), [*LAYOUTS[:3], (2, PP2), (2, VPP2)])
 def test_off_is_the_base_and_on_again_whatever_ends_it(size: int, sizes: ParallelSizes, merged: bool) -> None:
     run_ranks(size, turning_off, sizes, merged, sizes=sizes)
