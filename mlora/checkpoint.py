@@ -163,7 +163,7 @@ def load_checkpoint(
     checkpoint = Path(checkpoint)
     info = together(lambda: read_info(checkpoint))
     adapters = adapter_sharded_state(model, adapter_name)
-    _check_same(adapters, together(lambda: _stored_shapes(checkpoint)), checkpoint)
+    _check_same(adapters, together(lambda: _stored(checkpoint)), checkpoint)
     state: dict[str, Any] = {"adapter": adapters}
     if training:
         if not info["training"]:
@@ -283,27 +283,33 @@ def _check_finite(tensors: Mapping[str, torch.Tensor], failing: str) -> None:
         raise ValueError(f"{failing}: {len(named)} parameters are not finite: {', '.join(named[:3])}")
 
 
-def _stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+def _stored(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     with Reader(checkpoint) as reader:
-        return {key: shape for key, (shape, _) in reader.tensors(PREFIX).items()}
+        return reader.tensors(PREFIX)
 
 
-def _check_same(adapters: Mapping[str, ShardedTensor], stored: Mapping[str, tuple[int, ...]], checkpoint: Path) -> None:
+def _check_same(
+    adapters: Mapping[str, ShardedTensor],
+    stored: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    checkpoint: Path,
+) -> None:
     # Over the whole model, because ranks of one stage hold different keys where a projection has fewer rows than ranks.
     group = parallel_state.get_model_parallel_group()
-    ours = _union({(name, tuple(tensor.global_shape)) for name, tensor in adapters.items()}, group)
+    shapes = dict(_union({(name, tuple(tensor.global_shape)) for name, tensor in adapters.items()}, group))
     problems = []
-    shapes = dict(ours)
     for name in sorted(shapes.keys() | stored.keys()):
         if name not in stored:
             problems.append(f"it lacks {name}")
         elif name not in shapes:
             problems.append(f"it holds {name}, which the adapter has not")
-        elif stored[name] != shapes[name]:
-            problems.append(f"{name} has shape {list(stored[name])}, in the adapter {list(shapes[name])}")
+        elif stored[name][0] != shapes[name]:
+            problems.append(f"{name} has shape {list(stored[name][0])}, in the adapter {list(shapes[name])}")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{checkpoint} does not fit the attached adapter: {'; '.join(problems[:5])}{more}")
+    for theirs, ours in {(stored[name][1], tensor.dtype) for name, tensor in adapters.items()}:
+        if theirs != ours:
+            logger.warning("%s holds the adapter in %s; it is loaded into %s", checkpoint, theirs, ours)
 
 
 def _union(values: set[Any], group: dist.ProcessGroup | None) -> set[Any]:

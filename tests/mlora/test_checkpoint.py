@@ -1,6 +1,8 @@
 """Adapters saved at one layout and loaded at another, bit for bit, and exported to the same bytes from each."""
 
+import dataclasses
 import hashlib
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -132,3 +134,27 @@ def test_names_of_checkpoints(saved: dict[str, Path]) -> None:
     assert {path.name for path in latest_checkpoint(folder).iterdir()} == {
         ".metadata", "__0_0.distcp", "adapter_config.json", "metadata.json", "mlora.json",
     }  # fmt: skip
+
+
+def _load_with_dtype(rank: int, checkpoint: Path, dtype: torch.dtype) -> tuple[list[str], bool]:
+    """(what is logged, whether the values are the checkpoint's, rounded) for an adapter of another dtype."""
+    chunks: list[torch.nn.Module] = list(
+        gpt.build(ParallelSizes(), num_query_groups=2, params_dtype=torch.float32, pipeline_dtype=torch.float32)
+    )
+    mlora.apply(chunks, dataclasses.replace(ADAPTERS["shared"], adapter_dtype=dtype))
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("mlora.checkpoint").addHandler(handler)
+    load_checkpoint(checkpoint, chunks)
+    return said, all(
+        torch.equal(factor.parameter, _whole("shared", factor.name, factor.shape, torch.bfloat16).to(dtype))
+        for factor in factors(chunks)
+    )
+
+
+def test_loading_into_another_dtype_is_told(saved: dict[str, Path]) -> None:
+    checkpoint = latest_checkpoint(saved["TP2"] / "shared")
+    told = f"{checkpoint} holds the adapter in torch.bfloat16; it is loaded into torch.float32"
+    for dtype, expected in [(torch.bfloat16, []), (torch.float32, [told])]:
+        assert run_ranks(1, _load_with_dtype, checkpoint, dtype, sizes=ParallelSizes()) == [(expected, True)]
