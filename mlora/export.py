@@ -92,10 +92,11 @@ def peft_tensors(
     """
     _check_keys(shapes, projections)
     rank = max(projection.rank for projection in projections)
-    counts = Counter(projection.scaling for projection in projections)
+    modules = _by_hf_module(projections)
+    counts = Counter(parts[0].scaling for parts in modules.values())
     scaling = min(counts, key=lambda value: (-counts[value], value))
     found: list[PeftTensor] = []
-    for hf_name, parts in _by_hf_module(projections).items():
+    for hf_name, parts in modules.items():
         name = f"base_model.model.{hf_name}"
         a_key, b_keys = _keys(shapes, parts[0])[0], tuple(_keys(shapes, part)[1] for part in parts)
         _check_shapes(name, shapes, a_key, b_keys, parts)

@@ -58,6 +58,15 @@ CASES = {
     "qwen2": Case("qwen2", LoraConfig(r=4, lora_alpha=6), {"r": 4, "lora_alpha": 6, "target_modules": ALL}),
     "qwen3": Case("qwen3", LoraConfig(r=1, lora_alpha=1.5), {"r": 1, "lora_alpha": 1.5, "target_modules": ALL}),
     "mistral": Case("mistral", LoraConfig(r=8), {"r": 8, "lora_alpha": 8, "target_modules": ALL}),
+    "phi3": Case(
+        "phi3",
+        LoraConfig(r=4, lora_alpha=8, rank_pattern={"qkv_proj": 7}, alpha_pattern={"gate_up_proj": 2}),
+        {"r": 7, "lora_alpha": 14, "target_modules": ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]},
+    ),
+    "phi3_qkv": Case("phi3", LoraConfig(r=3, target_modules=["linear_qkv"]), {"r": 3, "target_modules": ["qkv_proj"]}),
+    "gemma2": Case("gemma2", LoraConfig(r=4), {"r": 4, "target_modules": ALL}),
+    "gemma3": Case("gemma3", LoraConfig(r=4), {"r": 4, "target_modules": ALL}),
+    "olmo2": Case("olmo2", LoraConfig(r=4), {"r": 4, "target_modules": ALL}),
     "rslora": Case("llama", LoraConfig(r=4, lora_alpha=6, use_rslora=True), {"r": 4, "lora_alpha": 12}),
     "patterns": Case(
         "llama",
@@ -135,7 +144,7 @@ class Exported:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
     """Every case, exported."""
     folder = tmp_path_factory.mktemp("export")
-    models = {kind: write_model(folder / kind, kind) for kind in ("llama", "qwen2", "qwen3", "mistral")}
+    models = {kind: write_model(folder / kind, kind) for kind in {case.kind for case in CASES.values()}}
     (logits,) = run_ranks(1, _save, models, folder / "native", sizes=ONE)
     found = {}
     for name, case in CASES.items():
@@ -192,7 +201,7 @@ def test_files_keep_the_rules_of_every_reader(exported: dict[str, Exported], nam
         assert file.metadata() == {"format": "pt"}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     assert {tensor.dtype for tensor in tensors.values()} == case.dtypes
-    pattern = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.[a-z]+_proj\.lora_(A|B)\.weight")
+    pattern = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.[a-z_]+_proj\.lora_(A|B)\.weight")
     for key, tensor in tensors.items():
         assert pattern.fullmatch(key), key
         assert tensor.shape[0 if "lora_A" in key else 1] == config["r"]
@@ -243,11 +252,21 @@ def test_alpha_gives_the_scaling_back(rank: int, alpha: float) -> None:
 def test_what_does_not_fit_is_named() -> None:
     q, k = _projection("q", 2, 1.0), _projection("k", 2, 1.0)
     shapes = _shapes(q=2, k=2)
+    one_A = {key: value for key, value in shapes.items() if not key.endswith("lora_A")} | {
+        "m.shared.lora_A": ((2, 6), torch.float32)
+    }
     for given, projections, words in [
         ({key: value for key, value in shapes.items() if key != "m.k.lora_B"}, [q, k], "lacks m.k.lora_B"),
         (shapes, [q], "holds m.k.lora_A, which no projection of its mlora.json accounts for"),
         (shapes, [q, _projection("k", 3, 1.0)], "layers.0.k_proj: matrices of rank 2 and 2, configured 3"),
         (shapes, [q, dataclasses.replace(k, hf_name=q.hf_name)], "2 projections of the checkpoint are called"),
+        (one_A, [q, dataclasses.replace(k, hf_name=q.hf_name)], "2 projections of the checkpoint are called"),
+        (
+            one_A,
+            [q, dataclasses.replace(k, hf_name=q.hf_name, hf_row=3)],
+            "layers.0.q_proj and do not make up one module",
+        ),
+        (one_A, [q, dataclasses.replace(k, hf_name=q.hf_name, hf_row=4, scaling=2.0)], "do not make up one module"),
     ]:
         with pytest.raises(ValueError, match=re.escape(words)):
             peft_tensors(given, projections)
