@@ -32,9 +32,12 @@ CONFIGS = {
 }
 
 
-def _save(rank: int, base: Path, folder: Path) -> torch.Tensor | None:
+FUSED = {"fused": LoraConfig(r=5, lora_alpha=10, rank_pattern={"qkv_proj": 3})}
+
+
+def _save(rank: int, base: Path, folder: Path, configs: dict[str, LoraConfig]) -> torch.Tensor | None:
     pretrained = Pretrained.open(base)
-    for name, config in CONFIGS.items():
+    for name, config in configs.items():
         chunks = mlora.apply(build_model(pretrained, SIZES), config, family=pretrained.family)
         gpt.fill_adapter(chunks)
         for factor in factors(chunks):
@@ -52,7 +55,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     folder = tmp_path_factory.mktemp("native")
-    run_ranks(4, _save, base, folder, sizes=SIZES)
+    run_ranks(4, _save, base, folder, CONFIGS, sizes=SIZES)
     return folder
 
 
@@ -91,19 +94,46 @@ def test_the_exported_adapter_is_the_same_adapter(saved: Path, tmp_path: Path, n
     assert max(difference.relative for difference in found) < 1e-7
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_merging_it_gives_the_answers_of_its_export_in_peft(saved: Path, base: Path, tmp_path: Path, name: str) -> None:
+def assert_merged_as_exported(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """The merged model's answers are those of the exported adapter in PEFT."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    export_peft(saved / name / "iter_0000030", tmp_path / "peft", dtype=torch.float32)
-    merge(base, [(open_adapter(saved / name), 1.0)], tmp_path / "out", verified=True)
+    export_peft(checkpoint, tmp_path / "peft", dtype=torch.float32)
+    merge(base, [(open_adapter(checkpoint), 1.0)], tmp_path / "out", verified=True)
     model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "peft")).eval()
     ids = tokens()
     with torch.no_grad():
         wanted = model(ids).logits
     assert wanted.shape[-1] == VOCAB
     assert (hf_logits(tmp_path / "out", ids) - wanted).abs().max() < 2e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_merging_it_gives_the_answers_of_its_export_in_peft(saved: Path, base: Path, tmp_path: Path, name: str) -> None:
+    assert_merged_as_exported(base, saved / name / "iter_0000030", tmp_path)
+
+
+def test_the_parts_of_a_fused_module_are_one(tmp_path: Path) -> None:
+    """Phi 3: B's rows are those of q, k and v, or gate and up, one after the other."""
+    base, native = write_model(tmp_path / "base", "phi3"), tmp_path / "fused" / "iter_0000030"
+    run_ranks(4, _save, base, tmp_path, FUSED, sizes=SIZES)
+    for module in (modules := open_adapter(native).by_name).values():
+        if module.name.endswith(("qkv_proj", "gate_up_proj")):
+            parts = [part.removeprefix(PREFIX) for part in module.B.key.split(" + ")]
+            rows = {"q": 32, "k": 16, "v": 16, "gate": 48, "up": 48}
+            assert [part.split(".")[-2] for part in parts] == (
+                ["q", "k", "v"] if "qkv" in module.name else ["gate", "up"]
+            )
+            expected = [gpt.values(f"default {part}", rows[part.split(".")[-2]], module.rank) for part in parts]
+            assert torch.equal(module.B.load(), torch.cat(expected).float() * SCALE["B"])
+    assert len(modules) == 16 and modules["model.layers.3.self_attn.qkv_proj"].rank == 3
+    assert_merged_as_exported(base, native, tmp_path)
+    _edit(native, lambda info: next(row for row in info["projections"] if row["part"] == "k").update(hf_row=31))
+    with pytest.raises(
+        ValueError, match=r"3 projections are called model\.layers\.0\..*qkv_proj and do not make up one module"
+    ):
+        open_adapter(native)
 
 
 def _copy(saved: Path, tmp_path: Path) -> Path:
