@@ -22,9 +22,9 @@ CASES = {
     "qwen3": Case(kind="qwen3", lora=LoraConfig(**LORA), steps=10),
     "mistral": Case(kind="mistral", lora=LoraConfig(**LORA), steps=10),
     "phi3": Case(kind="phi3", lora=LoraConfig(**LORA, rank_pattern={"qkv_proj": 3}, lora_dropout=0.2)),
-    "gemma2": Case(kind="gemma2", lora=LoraConfig(**LORA), packed=True),
-    "gemma3": Case(kind="gemma3", lora=LoraConfig(**LORA), packed=True),
-    "olmo2": Case(kind="olmo2", lora=LoraConfig(**LORA)),
+    "gemma2": Case(kind="gemma2", lora=LoraConfig(**LORA), packed=True, steps=3),
+    "gemma3": Case(kind="gemma3", lora=LoraConfig(**LORA), packed=True, steps=3),
+    "olmo2": Case(kind="olmo2", lora=LoraConfig(**LORA), steps=3),
     # Rows of several samples, of which PEFT sees each alone; the rope's scaling depends on no absolute place either.
     "packed": Case(kind="llama3.1", lora=LoraConfig(**LORA), packed=True),
     "dropout": Case(kind="qwen2-tied", lora=LoraConfig(**LORA, lora_dropout=0.2, seed=3)),
