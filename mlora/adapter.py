@@ -190,7 +190,7 @@ class LinearAdapter(torch.nn.Module):
         B = torch.zeros(rows, width, dtype=self.dtype, device=device)
         for part, parameter in self.lora_B.items():
             start, scale = places[part]
-            B[self.index(part), start : start + self.ranks[part]] = parameter * scale
+            B[self.index(part), start : start + self.ranks[part]] = parameter if scale == 1.0 else parameter * scale
         return B
 
     def delta(self) -> torch.Tensor:
