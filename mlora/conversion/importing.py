@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from mlora.adapter import SHARED
+from mlora.adapter import SHARED, Factor
 from mlora.attach import factors
 from mlora.config import LoraConfig
 from mlora.conversion.peft_config import CONFIG_FILE, PeftConfig
-from mlora.conversion.peft_writer import peft_key
+from mlora.conversion.peft_writer import peft_key, slots
 from mlora.conversion.selection import selection
 from mlora.conversion.state import AdapterModule, AdapterState, LazyTensor, refuse
 from mlora.pretrained import Pretrained
@@ -36,7 +36,7 @@ class Import:
         targets: its modules.
         matrices: by the global name that :class:`~mlora.adapter.Factor` has.
         original: what its ``adapter_config.json`` says.
-        keys: by Hugging Face module, its keys for A and B.
+        keys: by Hugging Face module, its keys for A, B and, with DoRA, the magnitudes.
     """
 
     source: Path
@@ -45,7 +45,7 @@ class Import:
     targets: tuple[Target, ...]
     matrices: Mapping[str, LazyTensor]
     original: Mapping[str, Any]
-    keys: Mapping[str, tuple[str, str]]
+    keys: Mapping[str, tuple[str, ...]]
 
 
 def plan_import(state: AdapterState, base: Pretrained) -> Import:
@@ -72,10 +72,7 @@ def plan_import(state: AdapterState, base: Pretrained) -> Import:
     targets = tuple(select(projections, config))
     _check_same(state, config, targets)
     keys = {
-        module.name: (
-            peft_key(module.A, module.name, "lora_A.weight"),
-            peft_key(module.B, module.name, "lora_B.weight"),
-        )
+        module.name: tuple(peft_key(tensor, module.name, slot) for slot, tensor in slots(module).items())
         for module in state.modules
     }
     return Import(state.source, base, config, targets, matrices, state.config, keys)
@@ -93,15 +90,17 @@ def base_projections(base: Pretrained) -> list[Projection]:
 
 
 def _matrices(module: AdapterModule, base: Pretrained) -> dict[str, LazyTensor]:
-    """A and B by their global names. Where one module holds several parts (Phi 3's qkv_proj), they share A and divide B's rows."""
+    """Its tensors by their global names. Where it holds several parts (Phi 3's qkv_proj), they share A and divide the rows."""
     name, parts = base.family.megatron_parts(module.name)
+    rows = {"lora_B": module.B} | ({"lora_magnitude_vector": module.magnitude} if module.magnitude else {})
     if len(parts) == 1:
-        return {f"{name}.{parts[0]}.lora_A": module.A, f"{name}.{parts[0]}.lora_B": module.B}
+        return {f"{name}.{parts[0]}.{slot}": tensor for slot, tensor in ({"lora_A": module.A} | rows).items()}
     found = {f"{name}.{SHARED}.lora_A": module.A}
     for part in parts:
         first, count = base.family.rows(base.architecture, name, part)
-        read = partial(_rows, module.B, first, count)
-        found[f"{name}.{part}.lora_B"] = replace(module.B, shape=(count, module.B.shape[1]), read=read)
+        for slot, tensor in rows.items():
+            read = partial(_rows, tensor, first, count)
+            found[f"{name}.{part}.{slot}"] = replace(tensor, shape=(count, *tensor.shape[1:]), read=read)
     return found
 
 
@@ -119,12 +118,8 @@ def _check_trainable(state: AdapterState) -> None:
     for module in state.modules:
         if module.embedding:
             raise ValueError(f"{module.A.file}: {module.A.key}: embeddings cannot be adapted in training")
-        for tensor, rule in (
-            (module.magnitude, "DoRA cannot be trained on"),
-            (module.base_weight, "base weights cannot be replaced in training"),
-        ):
-            if tensor is not None:
-                raise ValueError(f"{tensor.file}: {tensor.key}: {rule}")
+        if (weight := module.base_weight) is not None:
+            raise ValueError(f"{weight.file}: {weight.key}: base weights cannot be replaced in training")
 
 
 def _check_fit(state: AdapterState, projections: Sequence[Projection], base: Pretrained) -> None:
@@ -154,11 +149,12 @@ def _config(state: AdapterState, base: Pretrained) -> LoraConfig:
     """Not the fields of the file but ones that say the same: theirs may be a regular expression on names that only PEFT has."""
     peft = PeftConfig.from_dict(state.config, str(state.source / CONFIG_FILE), refuse)
     modules = {module.name: (module.rank, peft.alpha(module.name)) for module in state.modules}
-    dtypes = {tensor.dtype for module in state.modules for tensor in (module.A, module.B)}
+    dtypes = {tensor.dtype for module in state.modules for tensor in module.tensors}
     try:
         return LoraConfig(
             **selection(modules, base.architecture.counts["layer"]),
             use_rslora=peft.use_rslora,
+            use_dora=peft.use_dora,
             lora_dropout=state.config.get("lora_dropout", 0.0),
             adapter_dtype=_trained_in(dtypes),
         )
@@ -196,19 +192,19 @@ def load_import(plan: Import, model: torch.nn.Module | Sequence[torch.nn.Module]
     wanted = {name for name in plan.matrices if name.endswith("lora_A")}
     if attached != wanted:
         raise ValueError(f"{plan.source} and the attached adapter differ in {min(attached ^ wanted)}")
-    pieces = together(
-        lambda: [_piece(plan, factor.name, factor.offset, factor.parameter, factor.shape) for factor in held]
-    )
+    pieces = together(lambda: [_piece(plan, factor) for factor in held])
     with torch.no_grad():
         for factor, piece in zip(held, pieces, strict=True):
             factor.parameter.copy_(piece)
 
 
-def _piece(
-    plan: Import, name: str, offset: tuple[int, int], parameter: torch.Tensor, shape: tuple[int, int]
-) -> torch.Tensor:
-    tensor = plan.matrices[name]
-    if tensor.shape != shape:
-        raise ValueError(f"{tensor.file}: {tensor.key} has shape {list(tensor.shape)}, in the model {list(shape)}")
-    (row, column), (rows, columns) = offset, parameter.shape
-    return tensor.load()[row : row + rows, column : column + columns].clone()
+def _piece(plan: Import, factor: Factor) -> torch.Tensor:
+    tensor = plan.matrices.get(factor.name)
+    if tensor is None:
+        raise ValueError(f"{plan.source} has nothing for {factor.name} of the attached adapter")
+    if tensor.shape != factor.shape:
+        raise ValueError(
+            f"{tensor.file}: {tensor.key} has shape {list(tensor.shape)}, in the model {list(factor.shape)}"
+        )
+    place = zip(factor.offset, factor.parameter.shape, strict=True)
+    return tensor.load()[tuple(slice(first, first + count) for first, count in place)].clone()

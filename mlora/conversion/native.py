@@ -1,7 +1,7 @@
 """mlora's native checkpoints as an :class:`~mlora.conversion.state.AdapterState`."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,22 @@ def open_native(path: Path, report: Report) -> AdapterState:
         key.removeprefix(PREFIX): _lazy(checkpoint, reader, key, *place)
         for key, place in reader.tensors(PREFIX).items()
     }
+    config = read_config(checkpoint / CONFIG_FILE)
+    uses_dora = bool(config.get("use_dora"))
     modules, used = [], set()
     for name, parts in _by_hf_module(_projections(info, checkpoint / INFO_FILE)).items():
-        keys = [_keys(tensors, part) for part in parts]
-        used |= {key for pair in keys for key in pair}
-        if missing := [key for pair in keys for key in pair if key not in tensors]:
+        keys = [_keys(tensors, part, uses_dora) for part in parts]
+        used |= {key for part in keys for key in part}
+        if missing := [key for part in keys for key in part if key not in tensors]:
             report(f"{checkpoint} lacks {missing[0]}")
             continue
-        As, Bs = [tensors[key] for key, _ in keys], [tensors[key] for _, key in keys]
-        if problem := _misfit(name, parts, As, Bs):
+        As, Bs, *magnitudes = ([tensors[key] for key in same] for same in zip(*keys, strict=True))
+        if problem := _misfit(name, parts, As, Bs, *magnitudes):
             report(f"{checkpoint}: {problem}")
             continue
-        modules.append(AdapterModule(name, parts[0]["rank"], parts[0]["scaling"], As[0], joined(Bs)))
+        rank, scaling = parts[0]["rank"], parts[0]["scaling"]
+        magnitude = joined(magnitudes[0]) if magnitudes else None
+        modules.append(AdapterModule(name, rank, scaling, As[0], joined(Bs), magnitude))
     for key in sorted(tensors.keys() - used):
         report(f"{checkpoint} holds {key}, which no projection of its {INFO_FILE} accounts for")
     return AdapterState(
@@ -55,7 +59,7 @@ def open_native(path: Path, report: Report) -> AdapterState:
         layout=_layout(info),
         modules=tuple(sorted(modules, key=lambda module: natural_order(module.name))),
         full={},
-        config=read_config(checkpoint / CONFIG_FILE),
+        config=config,
     )
 
 
@@ -76,8 +80,17 @@ def _by_hf_module(projections: list[dict[str, Any]]) -> dict[str, list[dict[str,
     return found
 
 
-def _misfit(name: str, parts: list[dict[str, Any]], As: list[LazyTensor], Bs: list[LazyTensor]) -> str | None:
-    """What keeps matrices from being the ones of one Hugging Face module."""
+def _misfit(
+    name: str,
+    parts: list[dict[str, Any]],
+    As: list[LazyTensor],
+    Bs: list[LazyTensor],
+    magnitudes: Sequence[LazyTensor] = (),
+) -> str | None:
+    """What keeps matrices, and DoRA's magnitudes, from being the ones of one Hugging Face module."""
+    for B, magnitude in zip(Bs, magnitudes, strict=bool(magnitudes)):
+        if magnitude.shape != B.shape[:1]:
+            return f"{magnitude.key} has shape {list(magnitude.shape)}, not [{B.shape[0]}]"
     row = 0
     for part, A, B in zip(parts, As, Bs, strict=True):
         if (ranks := (A.shape[0], B.shape[1])) != (part["rank"],) * 2:
@@ -96,10 +109,12 @@ def _lazy(checkpoint: Path, reader: Reader, key: str, shape: tuple[int, ...], dt
     return LazyTensor(key, checkpoint, shape, dtype, read)
 
 
-def _keys(tensors: Mapping[str, LazyTensor], projection: Mapping[str, Any]) -> tuple[str, str]:
+def _keys(tensors: Mapping[str, LazyTensor], projection: Mapping[str, Any], uses_dora: bool) -> tuple[str, ...]:
+    """Of A, of B and, with DoRA, of the magnitudes."""
     module, part = projection["module"], projection["part"]
     shared = f"{module}.{SHARED}.lora_A"
-    return shared if shared in tensors else f"{module}.{part}.lora_A", f"{module}.{part}.lora_B"
+    A = shared if shared in tensors else f"{module}.{part}.lora_A"
+    return A, f"{module}.{part}.lora_B", *((f"{module}.{part}.lora_magnitude_vector",) if uses_dora else ())
 
 
 def _layout(info: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ IMPORTED_FILE = "imported.json"
 
 @dataclass(frozen=True)
 class Original:
-    """What ``imported.json`` keeps of a PEFT adapter: its configuration, and by module its keys for A and B."""
+    """What ``imported.json`` keeps of a PEFT adapter: its configuration, and by module its keys for A, B and DoRA's magnitudes."""
 
     config: Mapping[str, Any]
     keys: Mapping[str, Sequence[str]]

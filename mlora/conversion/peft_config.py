@@ -47,7 +47,7 @@ _UNSUPPORTED = {
 }
 # Initialisations by which PEFT subtracts the initial product from the base, again at every load: the matrices alone are not the
 # adapter. (PEFT can save such an adapter converted, and then says init_lora_weights = true.)
-_MUTATING = re.compile(r"(pissa(_niter_\d+)?|olora|corda|loftq|lora_ga)$")
+MUTATING = re.compile(r"(pissa(_niter_\d+)?|olora|corda|loftq|lora_ga)$")
 
 # Fields that hold a list of names; the first three may be a string too, which is one name or an expression.
 _NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
@@ -204,7 +204,7 @@ def _check_features(values: Mapping[str, Any], source: str, report: Report) -> N
     if values.get("peft_type") != "LORA":
         report(f"{source}: peft_type is {values.get('peft_type')!r}; only LORA adapters can be read")
     init = values.get("init_lora_weights", True)
-    if isinstance(init, str) and _MUTATING.match(init.lower()):
+    if isinstance(init, str) and MUTATING.match(init.lower()):
         report(
             f"{source}: init_lora_weights is {init!r}: PEFT changes the base weights when it loads this adapter; save it "
             f"converted to plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"

@@ -95,7 +95,7 @@ def as_is(request: Request) -> PeftAdapter:
     found: dict[str, LazyTensor] = {}
     for module in state.modules:
         if original is not None:
-            found |= zip(_original_keys(original, module), (module.A, module.B), strict=True)
+            found |= zip(_original_keys(original, module), slots(module).values(), strict=True)
         else:
             found |= {peft_key(tensor, module.name, slot): tensor for slot, tensor in slots(module).items()}
     for parameter, tensor in state.full.items():
@@ -108,7 +108,7 @@ def as_is(request: Request) -> PeftAdapter:
 
 def _original_keys(original: Original, module: AdapterModule) -> Sequence[str]:
     keys = original.keys.get(module.name, ())
-    if len(keys) != 2:
+    if len(keys) != len(module.tensors):
         raise ValueError(f"{module.A.file}: {IMPORTED_FILE} has no keys for {module.name}, which {INFO_FILE} has")
     return keys
 
@@ -117,7 +117,11 @@ def _trained_config(request: Request) -> dict[str, Any]:
     """The configuration by which PEFT does what was trained here; names are Hugging Face's, whatever they were given as."""
     config = LoraConfig.from_dict(request.state.config, str(request.state.source))
     modules = {module.name: (module.rank, _alpha_of(module, config, request.state)) for module in request.state.modules}
-    trained = {"use_rslora": config.use_rslora, "lora_dropout": config.lora_dropout}
+    trained = {
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "lora_dropout": config.lora_dropout,
+    }
     return config_of(request, **trained, **selection(modules, request.layer_count))
 
 
@@ -137,13 +141,14 @@ def check_plain(state: AdapterState, profile: str) -> None:
     for parameter, tensor in state.full.items():
         raise ValueError(f"{tensor.file}: {tensor.key} is a whole parameter ({parameter}); {problem}")
     for module in state.modules:
-        for tensor, what in (
+        parts: tuple[tuple[LazyTensor | None, str], ...] = (
             (module.magnitude, "DoRA's magnitude"),
             (module.base_weight, "a base weight"),
             (module.A if module.embedding else None, "the low-rank term of an embedding"),
-        ):
-            if tensor is not None:
-                raise ValueError(f"{tensor.file}: {tensor.key} is {what}; {problem}")
+        )
+        for part, what in parts:
+            if part is not None:
+                raise ValueError(f"{part.file}: {part.key} is {what}; {problem}")
 
 
 def uniform(modules: Sequence[AdapterModule], dtype: torch.dtype | None) -> tuple[tuple[PeftTensor, ...], int, float]:

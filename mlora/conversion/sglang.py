@@ -8,6 +8,7 @@
 Its buffers are made by last parts of names, for every layer alike. What is missing is added with zeros, which change nothing.
 """
 
+from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -31,23 +32,29 @@ def with_stacked(state: AdapterState, base: Pretrained | None) -> list[AdapterMo
     """
     present = state.by_name
     found = dict(present)
-    for name in missing(set(present)):
+    for name in _missing(present):
         found[name] = _zero(name, _shape(name, found, state, base), next(iter(present.values())))
     return sorted(found.values(), key=lambda module: natural_order(module.name))
 
 
-def missing(names: set[str]) -> list[str]:
-    """The modules that must be added: first those stacked with others, then all kinds in all layers."""
-    wanted = set(names)
+def stacked_with(names: Collection[str]) -> set[str]:
+    """The modules that must be there because of these, these included or not."""
+    wanted = set()
     for name in names:
         parent, _, leaf = name.rpartition(".")
         for stacked, needed in STACKED.items():
             if leaf in stacked:
                 wanted |= {f"{parent}.{other}" for other in needed}
+    return wanted
+
+
+def _missing(names: Collection[str]) -> list[str]:
+    """The modules that must be added: those stacked with others, and, as buffers are made for all layers, all kinds everywhere."""
+    wanted = {*names, *stacked_with(names)}
     inside = {name for name in wanted if layer_index(name, None) is not None}
     layers = {layer_index(name, None) for name in inside}
     wanted |= {in_layer(name, layer) for name in inside for layer in layers if layer is not None}
-    return sorted(wanted - names, key=natural_order)
+    return sorted(wanted - {*names}, key=natural_order)
 
 
 def _shape(name: str, found: dict[str, AdapterModule], state: AdapterState, base: Pretrained | None) -> tuple[int, int]:

@@ -239,13 +239,6 @@ BAD: dict[str, tuple[Change, str]] = {
         r"targets model\.layers\.1\.self_attn\.q_proj, but the file has no",
     ),
     "no lm_head": (lambda t, c: c.update(target_modules=[Q0, V0, "lm_head"]), "targets lm_head, but the file has no"),
-    "DoRA": (
-        lambda t, c: (
-            t.update({f"{PREFIX}{name}.lora_magnitude_vector": torch.ones(SHAPES[name][0]) for name in (Q0, V0)}),
-            c.update(use_dora=True),
-        ),
-        r"q_proj\.lora_magnitude_vector: DoRA cannot be trained on",
-    ),
     "output layer": (
         lambda t, c: (t.update(tensors_of(("lm_head", 2, 101, 32))), c.update(target_modules=[Q0, V0, "lm_head"])),
         "lm_head: it cannot be adapted in training",
