@@ -184,9 +184,7 @@ def norm_products(
     block_r = max(16, triton.next_power_of_2(ranks))
     tile = Tile(128, 64, 4, 3) if block_r <= 64 else Tile(64, 128, 8, 2) if block_r <= 256 else Tile(64, 64, 8, 2)
     columns = triton.cdiv(features, tile.features)
-    splits = max(1, min(triton.cdiv(tokens, 2 * tile.tokens), triton.cdiv(528, columns)))
-    per_split = triton.cdiv(triton.cdiv(tokens, splits), tile.tokens) * tile.tokens
-    splits = triton.cdiv(tokens, per_split)
+    splits, per_split = tile.splits(tokens, columns, 528)
     dA = torch.empty(splits, ranks, features, dtype=torch.float32, device=g.device)
     parts = torch.empty(columns if correlation is None else 0, tokens, dtype=torch.float32, device=g.device)
     _norm_products[(columns, splits)](

@@ -70,9 +70,7 @@ def token_product(
     block_r = max(16, triton.next_power_of_2(ranks))
     tile = Tile(64, 64, 4, 4) if block_r <= 64 else Tile(64, 128, 8, 3) if block_r <= 256 else Tile(64, 64, 8, 3)
     columns = triton.cdiv(features, tile.features)
-    splits = max(1, min(triton.cdiv(tokens, 2 * tile.tokens), triton.cdiv(_PROGRAMS, columns)))
-    per_split = triton.cdiv(triton.cdiv(tokens, splits), tile.tokens) * tile.tokens
-    splits = triton.cdiv(tokens, per_split)
+    splits, per_split = tile.splits(tokens, columns, _PROGRAMS)
     partial = torch.empty(splits, ranks, features, dtype=torch.float32, device=wide.device)
     _token_product[(columns, splits)](
         low,

@@ -120,9 +120,7 @@ def swiglu_backward(
     block_s = max(16, triton.next_power_of_2(low_ranks))
     tile, programs = _tile(block_s)
     columns = triton.cdiv(features, tile.features)
-    splits = max(1, min(triton.cdiv(tokens, 2 * tile.tokens), triton.cdiv(programs, columns)))
-    per_split = triton.cdiv(triton.cdiv(tokens, splits), tile.tokens) * tile.tokens
-    splits = triton.cdiv(tokens, per_split)
+    splits, per_split = tile.splits(tokens, columns, programs)
     dA = torch.empty(splits, ranks, features, dtype=torch.float32, device=y.device)
     dB = torch.empty(splits, low_ranks, 2 * features, dtype=torch.float32, device=y.device)
     correlation = torch.empty(columns, tokens, dtype=torch.float32, device=y.device)

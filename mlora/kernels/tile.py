@@ -16,3 +16,9 @@ class Tile(NamedTuple):
     features: int
     warps: int
     stages: int
+
+    def splits(self, tokens: int, columns: int, programs: int) -> tuple[int, int]:
+        """(number of runs of tokens, tokens of a run) that make about ``programs`` programs of ``columns`` column tiles."""
+        wanted = max(1, min(-(-tokens // (2 * self.tokens)), -(-programs // columns)))
+        run = -(-tokens // (wanted * self.tokens)) * self.tokens
+        return -(-tokens // run), run
