@@ -184,6 +184,8 @@ EMBEDDINGS = (
 )
 EXPERTS = (
     Rule("experts", faults.each_expert, {"tgi": "experts cannot be adapted"}),
+    Rule("experts", faults.expert_projections("w1", "w2", "w3"), {"trtllm": "experts' projections are w1, w2 and w3"}),
+    Rule("DoRA", faults.with_experts(faults.dora), {"trtllm": "magnitudes of experts are ignored"}),
     Rule(
         "every expert",
         faults.expert_holes,

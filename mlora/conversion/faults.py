@@ -243,3 +243,13 @@ def with_experts(find: Find) -> Find:
 
 def each_expert(directory: PeftDirectory) -> Iterator[str]:
     yield from (f"{PREFIX}{path}" for path in directory.experts)
+
+
+def expert_projections(*known: str) -> Find:
+    """Projections of experts by other names."""
+
+    def find(directory: PeftDirectory) -> Iterator[str]:
+        for path, projections in directory.experts.items():
+            yield from (f"{PREFIX}{path}.*.{leaf}" for leaf in projections if leaf not in known)
+
+    return find
