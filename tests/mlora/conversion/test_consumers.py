@@ -31,6 +31,8 @@ MOE = {
 MIXTRAL = {
     name.replace("gate_proj", "w1").replace("up_proj", "w3").replace("down_proj", "w2"): s for name, s in MOE.items()
 }
+ENGINES = "vllm sglang trtllm llamacpp tgi"
+ALL = f"peft {ENGINES}"
 Q0, V1 = (f"{PREFIX}model.layers.{place}" for place in ("0.self_attn.q_proj", "1.self_attn.v_proj"))
 EXPERT = f"{PREFIX}model.layers.0.mlp.experts"
 
@@ -108,40 +110,80 @@ def _packed(*names: str) -> Callable[[Directory], Any]:
 # Rule, what breaks it, where that is, and the consumers that must say so; all others must not.
 Case = tuple[str, Callable[[Directory], Any], str, str]
 DENSE: list[Case] = [
-    ("weights file", lambda d: d.files.append("-adapter_model.safetensors"), "adapter_model.safetensors", "peft vllm sglang trtllm llamacpp tgi"),
+    ("weights file", lambda d: d.files.append("-adapter_model.safetensors"), "adapter_model.safetensors", ALL),
     ("other weights", lambda d: d.files.append("model.safetensors"), "model.safetensors", "sglang tgi"),
     ("added tokens", lambda d: d.files.append("added_tokens.json"), "added_tokens.json", "sglang"),
     ("peft_type", lambda d: d.config.pop("peft_type"), "peft_type", "peft sglang tgi"),
     ("rank and alpha", lambda d: d.config.pop("r"), "r", "peft vllm sglang trtllm tgi"),
-    ("rank and alpha", lambda d: d.config.pop("lora_alpha"), "lora_alpha", "peft vllm sglang trtllm llamacpp tgi"),
+    ("rank and alpha", lambda d: d.config.pop("lora_alpha"), "lora_alpha", ALL),
     ("target_modules", lambda d: d.config.pop("target_modules"), "target_modules", "peft vllm sglang"),
-    ("method", lambda d: d.config.update(peft_type="LOHA"), "peft_type", "peft vllm sglang trtllm llamacpp tgi"),
+    ("method", lambda d: d.config.update(peft_type="LOHA"), "peft_type", ALL),
     ("regular expression", lambda d: d.config.update(target_modules=r".*_proj"), "target_modules", "sglang"),
     ("rsLoRA", lambda d: d.config.update(use_rslora=True), "use_rslora", "sglang llamacpp"),
     ("patterns", lambda d: d.config.update(rank_pattern={"x": 2}), "rank_pattern", "sglang tgi"),
     ("patterns", lambda d: d.config.update(alpha_pattern={"q_proj": 1}), "alpha_pattern", "sglang trtllm llamacpp tgi"),
-    ("initialisation", lambda d: d.config.update(init_lora_weights="pissa_niter_4"), "init_lora_weights", "peft vllm sglang trtllm llamacpp tgi"),
+    ("initialisation", lambda d: d.config.update(init_lora_weights="pissa_niter_4"), "init_lora_weights", ALL),
     ("initialisation", lambda d: d.config.update(init_lora_weights="new"), "init_lora_weights", "vllm"),
-    ("features", lambda d: d.config.update(alora_invocation_tokens=[1]), "alora_invocation_tokens", "vllm sglang trtllm llamacpp tgi"),
+    ("features", lambda d: d.config.update(alora_invocation_tokens=[1]), "alora_invocation_tokens", ENGINES),
     ("DoRA", lambda d: d.config.update(use_dora=True), "use_dora", "vllm sglang llamacpp tgi"),
-    ("DoRA", lambda d: d.tensors.update({f"{Q0}.lora_magnitude_vector": torch.ones(8)}), f"{Q0}.lora_magnitude_vector", "vllm sglang llamacpp tgi"),
-    ("bias", lambda d: d.config.update(bias="all"), "bias", "vllm sglang trtllm llamacpp tgi"),
-    ("bias", lambda d: d.config.update(lora_bias=True), "lora_bias", "vllm sglang trtllm llamacpp tgi"),
-    ("bias", lambda d: d.tensors.update({f"{Q0}.base_layer.bias": torch.ones(8)}), f"{Q0}.base_layer.bias", "vllm sglang trtllm llamacpp tgi"),
-    ("whole parameters", lambda d: d.tensors.update({f"{PREFIX}lm_head.weight": torch.ones(9, 6)}), f"{PREFIX}lm_head.weight", "vllm llamacpp tgi"),
-    ("whole parameters", lambda d: d.tensors.update({f"{PREFIX}model.norm.weight": torch.ones(6)}), f"{PREFIX}model.norm.weight", "vllm sglang trtllm tgi"),
-    ("whole parameters", lambda d: d.tensors.update({f"{PREFIX}score.weight": torch.ones(6)}), f"{PREFIX}score.weight", "sglang trtllm llamacpp tgi"),
-    ("base weights", lambda d: d.tensors.update({f"{Q0}.base_layer.weight": torch.ones(8, 6)}), f"{Q0}.base_layer.weight", "vllm sglang trtllm llamacpp tgi"),
-    ("prefix", lambda d: d.tensors.update({"model.x.lora_A.weight": torch.ones(2, 6)}), "model.x.lora_A.weight", "peft vllm sglang trtllm llamacpp tgi"),
-    ("form of keys", lambda d: d.rename(".lora_A.weight", ".lora_A.default.weight"), f"{Q0}.lora_A.default.weight", "vllm sglang trtllm llamacpp tgi"),
-    ("form of keys", lambda d: d.rename("model.layers", "_orig_mod.model.layers"), f"{PREFIX}_orig_mod.model.layers.0.self_attn.q_proj.lora_A.weight", "vllm sglang trtllm llamacpp tgi"),
-    ("pairs", lambda d: d.tensors.pop(f"{Q0}.lora_B.weight"), f"{Q0}.lora_A.weight", "peft vllm sglang trtllm llamacpp tgi"),
+    (
+        "DoRA",
+        lambda d: d.tensors.update({f"{Q0}.lora_magnitude_vector": torch.ones(8)}),
+        f"{Q0}.lora_magnitude_vector",
+        "vllm sglang llamacpp tgi",
+    ),
+    ("bias", lambda d: d.config.update(bias="all"), "bias", ENGINES),
+    ("bias", lambda d: d.config.update(lora_bias=True), "lora_bias", ENGINES),
+    ("bias", lambda d: d.tensors.update({f"{Q0}.base_layer.bias": torch.ones(8)}), f"{Q0}.base_layer.bias", ENGINES),
+    (
+        "whole parameters",
+        lambda d: d.tensors.update({f"{PREFIX}lm_head.weight": torch.ones(9, 6)}),
+        f"{PREFIX}lm_head.weight",
+        "vllm llamacpp tgi",
+    ),
+    (
+        "whole parameters",
+        lambda d: d.tensors.update({f"{PREFIX}model.norm.weight": torch.ones(6)}),
+        f"{PREFIX}model.norm.weight",
+        "vllm sglang trtllm tgi",
+    ),
+    (
+        "whole parameters",
+        lambda d: d.tensors.update({f"{PREFIX}score.weight": torch.ones(6)}),
+        f"{PREFIX}score.weight",
+        "sglang trtllm llamacpp tgi",
+    ),
+    (
+        "base weights",
+        lambda d: d.tensors.update({f"{Q0}.base_layer.weight": torch.ones(8, 6)}),
+        f"{Q0}.base_layer.weight",
+        ENGINES,
+    ),
+    ("prefix", lambda d: d.tensors.update({"model.x.lora_A.weight": torch.ones(2, 6)}), "model.x.lora_A.weight", ALL),
+    (
+        "form of keys",
+        lambda d: d.rename(".lora_A.weight", ".lora_A.default.weight"),
+        f"{Q0}.lora_A.default.weight",
+        ENGINES,
+    ),
+    (
+        "form of keys",
+        lambda d: d.rename("model.layers", "_orig_mod.model.layers"),
+        f"{PREFIX}_orig_mod.model.layers.0.self_attn.q_proj.lora_A.weight",
+        ENGINES,
+    ),
+    ("pairs", lambda d: d.tensors.pop(f"{Q0}.lora_B.weight"), f"{Q0}.lora_A.weight", ALL),
     ("targets", lambda d: d.config["target_modules"].remove("q_proj"), Q0, "peft sglang"),
     ("targets", lambda d: d.config.update(layers_to_transform=[0]), V1, "peft"),
     ("modules", lambda d: d.rename("o_proj", "dense"), f"{PREFIX}model.layers.0.self_attn.dense", "trtllm"),
     ("stacked projections", lambda d: d.drop(V1), V1, "sglang"),
     ("stacked projections", lambda d: d.drop(Q0), Q0, "sglang"),
-    ("stacked projections", lambda d: d.drop(f"{PREFIX}model.layers.0.mlp.gate_proj"), f"{PREFIX}model.layers.0.mlp.gate_proj", "sglang"),
+    (
+        "stacked projections",
+        lambda d: d.drop(f"{PREFIX}model.layers.0.mlp.gate_proj"),
+        f"{PREFIX}model.layers.0.mlp.gate_proj",
+        "sglang",
+    ),
     ("layers", lambda d: d.drop(f"{PREFIX}model.layers.0.self_attn.o_proj"), "o_proj", "tgi"),
     ("rank", lambda d: d.resize(Q0, 3), Q0, "peft vllm sglang tgi"),
     ("stacked ranks", lambda d: d.resize(Q0, 3), f"{PREFIX}model.layers.0.self_attn.q_proj/k_proj/v_proj", "sglang"),
@@ -149,11 +191,18 @@ DENSE: list[Case] = [
     ("greatest rank", lambda d: d.resize(Q0, 513), Q0, "vllm"),
     ("embeddings", _embedding(9), f"{PREFIX}model.embed_tokens.lora_embedding_A", "trtllm tgi"),
     ("vocabulary", _lm_head(258_049), f"{PREFIX}lm_head.lora_B.weight", "vllm"),
-]  # fmt: skip
+]
 EXPERT_CASES: list[Case] = [
     ("experts", lambda d: None, EXPERT, "tgi"),
+    ("experts", lambda d: None, f"{EXPERT}.*.up_proj", "trtllm"),
+    ("DoRA", lambda d: d.config.update(use_dora=True), "use_dora", ENGINES),
     ("every expert", lambda d: d.drop(f"{EXPERT}.1.up_proj"), f"{EXPERT}.1.up_proj", "peft vllm llamacpp"),
-    ("every expert", lambda d: d.drop(*(f"{EXPERT}.{n}.down_proj" for n in range(EXPERTS))), f"{EXPERT}.2.down_proj", "peft vllm llamacpp"),
+    (
+        "every expert",
+        lambda d: d.drop(*(f"{EXPERT}.{n}.down_proj" for n in range(EXPERTS))),
+        f"{EXPERT}.2.down_proj",
+        "peft vllm llamacpp",
+    ),
     ("ranks of experts", lambda d: d.resize(f"{EXPERT}.2.down_proj", 3), f"{EXPERT}.*.down_proj", "peft vllm"),
     ("scaling of experts", lambda d: d.config.update(use_rslora=True), "use_rslora", "peft vllm"),
     ("scaling of experts", lambda d: d.config.update(alpha_pattern={"up_proj": 1}), "alpha_pattern", "peft"),
@@ -161,7 +210,7 @@ EXPERT_CASES: list[Case] = [
     ("packed experts", _packed(".base_layer"), EXPERT, "vllm"),
     ("packed experts", _packed(""), f"{EXPERT}.base_layer", "vllm"),
     ("modules", lambda d: d.rename("down_proj", "other"), f"{EXPERT}.0.other", "trtllm"),
-]  # fmt: skip
+]
 
 
 def _told(path: Path, rule: str, where: str, **facts: Any) -> set[str]:
@@ -194,8 +243,10 @@ def test_every_rule_is_tested() -> None:
 
 
 @pytest.mark.parametrize(
-    ("modules", "but"), [(MODULES, set()), (MOE, {"tgi"}), (MIXTRAL, {"tgi"}), (MODULES | MOE, {"tgi"})], ids=["dense", "experts", "mixtral", "both"]
-)  # fmt: skip
+    ("modules", "but"),
+    [(MODULES, set()), (MOE, {"tgi", "trtllm"}), (MIXTRAL, {"tgi"}), (MODULES | MIXTRAL, {"tgi"})],
+    ids=["dense", "experts", "mixtral", "both"],
+)
 def test_a_sound_directory_has_no_problems(tmp_path: Path, modules: dict[str, tuple[int, int]], but: set[str]) -> None:
     directory = PeftDirectory.open(Directory(modules).write(tmp_path / "a"), layer_count=LAYERS)
     assert {name: check(directory, name) for name in CONSUMERS if name not in but} == {
@@ -224,7 +275,7 @@ def test_the_error_names_rules_and_keys(tmp_path: Path) -> None:
     opened = PeftDirectory.open(directory.write(tmp_path / "a"))
     with pytest.raises(
         ValueError,
-        match=r"^SGLang cannot use it: rsLoRA: use_rslora: it is ignored.*; patterns: alpha_pattern: .*; bias: bias: .*; and 1 more$",
+        match=r"^SGLang cannot use it: rsLoRA: use_rslora: it is ignored.*; patterns: alpha_pattern: .*; bias: bias: .*; and 1",
     ):
         require(opened, "sglang")
     with pytest.raises(ValueError, match=r"there is no consumer 'vlm'; there is peft, vllm"):
