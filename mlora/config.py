@@ -67,7 +67,8 @@ class LoraConfig:
         layers_pattern: names of the module lists that ``layers_to_transform`` counts in, such as "layers".
         init_lora_weights: True (A Kaiming uniform, B zero), "gaussian" (A normal with std 1/r, B zero) or False (both random).
         bias: "none": base biases stay frozen.
-        shared_A: one A for all projections of a fused linear (q, k, v; gate, up) in place of one each.
+        shared_A: one A for all projections of a fused linear (q, k, v; gate, up) in place of one each. Where Hugging Face's
+            module is fused too (Phi 3's ``qkv_proj``), it is so in any case.
         adapter_dtype: of A and B; None for the base weight's.
         seed: of the initial weights and the dropout masks.
     """

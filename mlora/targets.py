@@ -21,7 +21,11 @@ _NEVER_ADAPTED: Mapping[str, set[str]] = {"target_modules": set(), "exclude_modu
 
 @dataclass(frozen=True, order=True)
 class Projection:
-    """One matrix that LoRA can adapt: ``part`` of the Megatron linear ``module``, a linear of its own in Hugging Face."""
+    """One matrix that LoRA can adapt: ``part`` of the Megatron linear ``module``.
+
+    In Hugging Face it is a linear of its own or, where that module is fused too, some of the rows of one; then all its parts have
+    its name, so that they are targeted together, with one rank and one alpha.
+    """
 
     module: str
     part: str
