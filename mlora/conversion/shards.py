@@ -1,6 +1,7 @@
 """The merged shards of a model, written row block by row block in the layout of the base's shards."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -161,20 +162,21 @@ class ShardWriter:
         delta = Delta(change.terms, wide, self._device) if change.terms else None
         norms = None if delta is None else delta.column_norms(change.blocks(self._base, BLOCK))
         start = None if change.start is None else change.start.load()
+        differs = threading.Event()
 
-        def merge(span: Span) -> tuple[int, bool]:
+        def merge(span: Span) -> int:
             rows = self._read(source, change.source, span)
             result = rows if start is None else span.of(start)
             if delta is not None:
                 result = delta.normalise(delta.add_to(self._widen(result, delta), span.first), span.first, norms)
             out = self._finish(target, parameter, span, result, dtype)
-            return rows.nbytes, not torch.equal(out, rows if rows.dtype == dtype else rows.to(dtype))
+            if not differs.is_set() and not torch.equal(out, rows if rows.dtype == dtype else rows.to(dtype)):
+                differs.set()
+            return rows.nbytes
 
-        differs = False
-        for done, changed in self._workers.each(merge, source.spans(change.source, BLOCK)):
+        for done in self._workers.each(merge, source.spans(change.source, BLOCK)):
             self._progress(done)
-            differs = differs or changed
-        if differs:
+        if differs.is_set():
             self.changed.append(change.module)
         elif delta is None or delta.is_zero:
             self.unchanged.append(change.module)
