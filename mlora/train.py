@@ -30,7 +30,7 @@ class OptimizerSettings:
 
     Attributes:
         lr, min_lr: greatest and last learning rate.
-        lora_plus_ratio: learning rate of B over that of A (Hayou et al. 2024, LoRA+); 1 for plain LoRA.
+        lora_plus_ratio: learning rate of B and DoRA's magnitudes over that of A (Hayou et al. 2024, LoRA+); 1 for plain LoRA.
         warmup_iters, decay_iters: of the schedule: it rises from 0 for ``warmup_iters`` and falls until ``decay_iters``, which
             is greater.
         decay_style: "constant", "linear", "cosine" or "inverse-square-root".
@@ -104,6 +104,7 @@ class Trainer:
             end_wd=settings.weight_decay,
             wd_incr_steps=1,
             wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,  # A run goes on with its own settings; resuming compares them.
         )
 
     def step(self, micro_batches: Sequence[Mapping[str, Any]], iteration: int) -> StepResult:
@@ -184,7 +185,8 @@ def _optimizer(wrapped: list[Any], settings: OptimizerSettings, *, bf16: bool) -
     overrides: dict[Any, Any] = {}
     if settings.lora_plus_ratio != 1.0:
         ratio = settings.lora_plus_ratio
-        overrides[ParamKey(name="*.lora_B.*")] = {"max_lr": ratio * settings.lr, "min_lr": ratio * settings.min_lr}
+        faster = ("*.lora_B.*", "*.lora_magnitude_vector.*")  # As PEFT groups them.
+        overrides[ParamKey(name=faster)] = {"max_lr": ratio * settings.lr, "min_lr": ratio * settings.min_lr}
     optimizer = get_megatron_optimizer(config, wrapped, config_overrides=overrides)
     allocate_adam_state(optimizer)
     return optimizer

@@ -131,6 +131,9 @@ class Batches:
         ):
             if getattr(self, name) is not None and self.recompute_granularity != needed:
                 raise UsageError(f"--{name.replace('_', '-')} goes with --recompute-granularity {needed}")
+        for module in self.recompute_modules or ():
+            if module not in _RECOMPUTABLE:  # Megatron's others need Transformer Engine or experts.
+                raise UsageError(f"--recompute-modules {module}: it can be {' and '.join(_RECOMPUTABLE)}")
 
     def iterations(self, num_rows: int) -> int:
         """Optimizer steps over ``num_rows`` sequences of data."""

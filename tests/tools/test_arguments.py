@@ -58,6 +58,10 @@ def test_the_quickstarts_command_line() -> None:
             "--recompute-modules goes with --recompute-granularity selective",
         ),
         (
+            ["--recompute-granularity", "selective", "--recompute-modules", "layernorm"],
+            "--recompute-modules layernorm: it can be core_attn and mlp",
+        ),
+        (
             ["--num-layers-per-virtual-pipeline-stage", 1, "--num-virtual-stages-per-pipeline-rank", 2],
             "say the same thing",
         ),
