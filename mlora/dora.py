@@ -25,43 +25,45 @@ _ROWS = 4096  # of a weight that are widened at a time
 
 
 @torch.no_grad()
-def row_norms(adapter: LinearAdapter, weight: torch.Tensor) -> torch.Tensor:
-    """n of this rank's rows, float32 [out_l] (float64 for float64 parameters), from its piece of the base weight [out_l, in_l].
+def row_norms(adapter: LinearAdapter, weight: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """n of this rank's rows, float64 [out_l], from its piece of the base weight [out_l, in_l].
 
-    ``‖W + B A‖² = ‖W‖² + B · (2 W Aᵀ + B A Aᵀ)``, with σ in A, needs no matrix of W's size. A collective of the linear's group if
-    its ranks hold different columns.
+    ``‖W + B A‖² = ‖W‖² + B · (2 W Aᵀ + B A Aᵀ)``, σ being in A or B, needs no matrix of W's size. A collective of the linear's group if
+    its ranks hold different columns. Sums of squares are float64, so that their order, which depends on the layout, is not seen.
+
+    Args:
+        wide: dtype of what is computed of A and B.
     """
     A, B = adapter.fused()
-    wide = torch.promote_types(adapter.dtype, torch.float32)
     with torch.autocast(weight.device.type, enabled=False):
-        same = torch.promote_types(weight.dtype, A.dtype)
+        same = torch.promote_types(weight.dtype, wide if wide == torch.float64 else A.dtype)
         cross = torch.cat([rows.to(same) @ A.T.to(same) for rows in torch.split(weight, _ROWS)]).to(wide)
         A, B = A.to(wide), B.to(wide)
-        squares: torch.Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square_()
-        squares += (B * (2 * cross + B @ (A @ A.T))).sum(1)
+        squares: torch.Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square_()
+        squares += (B * (2 * cross + B @ (A @ A.T))).sum(1, dtype=torch.float64)
     if adapter.layout.partition_dim == 1:
         squares = collectives.all_reduce_(squares, adapter.layout.group)
-    # A row of zeros has length 0 and magnitude 0: its scale is then 0 and not 0/0.
-    return squares.clamp_min_(torch.finfo(wide).tiny).sqrt_()
+    # A row of zeros has next to no length, not none: its scale is not 0/0.
+    return squares.clamp_min_(torch.finfo(torch.float32).tiny).sqrt_()
 
 
 @torch.no_grad()
 def reset_magnitudes(adapter: LinearAdapter, weight: torch.Tensor) -> None:
     """Set m to n, so that W' is W + σ B A. A collective like :func:`row_norms`."""
-    norms = row_norms(adapter, weight)
+    norms = row_norms(adapter, weight, torch.float64)
     for part, magnitude in adapter.lora_magnitude_vector.items():
         magnitude.copy_(norms[adapter.index(part)])
 
 
 def scales(adapter: LinearAdapter, weight: torch.Tensor) -> torch.Tensor:
     """g of this rank's rows [out_l], 1 where no projection is adapted; differentiable by m. A collective like :func:`row_norms`."""
+    wide = torch.promote_types(adapter.dtype, torch.float32)
     # Rounded as m is, so that they are equal at the start.
-    norms = row_norms(adapter, weight)
-    rounded = norms.to(adapter.dtype).to(norms.dtype)
+    norms = row_norms(adapter, weight, wide).to(adapter.dtype).to(wide)
     found = torch.ones_like(norms)
     for part, magnitude in adapter.lora_magnitude_vector.items():
         index = adapter.index(part)
-        found = found.index_copy(0, index, magnitude.to(norms.dtype) / rounded[index])
+        found = found.index_copy(0, index, magnitude.to(wide) / norms[index])
     return found
 
 

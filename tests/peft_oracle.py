@@ -175,7 +175,7 @@ def _logits(model: Any) -> torch.Tensor:
 
 def _gradients(model: Any) -> dict[str, torch.Tensor]:
     return {
-        name.replace(".default.", "."): parameter.grad.clone()
+        name.replace(".default.", ".").replace("magnitude_vector.weight", "magnitude_vector"): parameter.grad.clone()
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.requires_grad
     }

@@ -197,7 +197,7 @@ def main_gradients(chunks: Sequence[torch.nn.Module]) -> Pieces:
 
 
 def peft_names(chunks: Sequence[torch.nn.Module]) -> dict[str, list[str]]:
-    """PEFT's key -> our names of each of this rank's adapter matrices, in order of their rows."""
+    """PEFT's key -> our names of each of this rank's adapter parameters, in order of their rows."""
     names: dict[str, list[str]] = {}
     for bank in banks(chunks):
         adapter = bank.adapter("default")
@@ -208,6 +208,9 @@ def peft_names(chunks: Sequence[torch.nn.Module]) -> dict[str, list[str]]:
             names.setdefault(f"base_model.model.{hf_name}.lora_B.weight", []).append(
                 f"{bank.layout.name}.{part}.lora_B"
             )
+            if adapter.uses_dora:
+                magnitudes = names.setdefault(f"base_model.model.{hf_name}.lora_magnitude_vector", [])
+                magnitudes.append(f"{bank.layout.name}.{part}.lora_magnitude_vector")
     return names
 
 

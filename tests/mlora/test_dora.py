@@ -141,7 +141,7 @@ def norms_of(rank: int, sizes: ParallelSizes) -> list[tuple[torch.Tensor, torch.
         squares = (weight + adapter.delta()).square().sum(1)
         if layout.partition_dim == 1:
             torch.distributed.all_reduce(squares, group=layout.group)
-        found.append((dora.row_norms(adapter, weight), squares.sqrt()))
+        found.append((dora.row_norms(adapter, weight, torch.float64), squares.sqrt()))
     return found
 
 

@@ -25,6 +25,7 @@ CASES = {
     "gemma2": Case(kind="gemma2", lora=LoraConfig(**LORA), packed=True, steps=3),
     "gemma3": Case(kind="gemma3", lora=LoraConfig(**LORA), packed=True, steps=3),
     "olmo2": Case(kind="olmo2", lora=LoraConfig(**LORA), steps=3),
+    "dora": Case(kind="qwen2", lora=LoraConfig(**LORA, use_dora=True)),
     # Rows of several samples, of which PEFT sees each alone; the rope's scaling depends on no absolute place either.
     "packed": Case(kind="llama3.1", lora=LoraConfig(**LORA), packed=True),
     "dropout": Case(kind="qwen2-tied", lora=LoraConfig(**LORA, lora_dropout=0.2, seed=3)),

@@ -36,6 +36,14 @@ CASES = {
             **LORA, shared_A=True, target_modules=["q_proj", "v_proj", "up_proj"], alpha_pattern={"v_proj": 2}
         ),
     ),
+    "DoRA": Case(
+        lora=LoraConfig(r=4, use_dora=True, use_rslora=True),
+        settings={"lora_plus_ratio": 8.0, "lr": 2e-3, "min_lr": 2e-4},
+    ),
+    "DoRA, dropout": Case(lora=LoraConfig(**LORA | {"lora_alpha": 4}, use_dora=True, lora_dropout=0.2)),
+    "DoRA of q and v, shared A": Case(
+        lora=LoraConfig(**LORA, use_dora=True, shared_A=True, target_modules=["q_proj", "v_proj", "down_proj"])
+    ),
     "no clipping": Case(lora=LoraConfig(**LORA), settings={"clip_grad": 0.0, "weight_decay": 0.0}),
     "no warm-up": Case(lora=LoraConfig(**LORA), settings={"warmup_iters": 0, "decay_iters": 5}),
 }

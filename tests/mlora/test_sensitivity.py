@@ -11,19 +11,25 @@ from typing import Any
 
 import pytest
 
-from mlora import LoraConfig, linear
+from mlora import LoraConfig, dora, linear
 from mlora.attach import factors
 from parallel import collectives
 from parallel.sizes import ParallelSizes
-from tests.mlora.test_linear import FAULTS, doubled
+from tests.mlora.test_linear import FAULTS, PLAIN, SP, doubled, missing_all_reduce
 from tests.peft_oracle import train_with_peft
 from tests.ranks import run_ranks
 from tests.tiny import write_model
 from tests.training import LAYOUTS, TOLERANCES, Case, Layout, Run, Share, adapt, failures, join, train
 
 TENSOR = ["TP2", "TP2+SP"]
-CASE = Case(lora=LoraConfig(r=5, lora_alpha=10, init_lora_weights=False), steps=3)
-COLLECTIVES = {f"{name} in {site}, {fault.__name__}": (site, name, fault) for _, _, site, name, fault in FAULTS}
+# DoRA has every collective of LoRA and one more.
+CASE = Case(lora=LoraConfig(r=5, lora_alpha=10, init_lora_weights=False, use_dora=True), steps=3)
+SITES = [fault[1:] for fault in FAULTS]
+SITES += [(sizes, "row_norms", "all_reduce_", missing_all_reduce) for sizes in (PLAIN, SP)]
+COLLECTIVES = {
+    f"{name} in {site}, {fault.__name__}{', SP' * sizes.sequence_parallel}": (sizes, site, name, fault)
+    for sizes, site, name, fault in SITES
+}
 Runs = tuple[dict[str, list[dict[str, Share]]], Run]
 # Mark -> the value that is wrong for some of the parameters.
 MARKS = {
@@ -36,7 +42,7 @@ MARKS = {
 @contextlib.contextmanager
 def broken(site: str, name: str, fault: Any) -> Iterator[None]:
     """One of our collectives, broken where the function ``site`` calls it."""
-    owner: Any = linear.LoraLinear if site == "forward" else linear
+    owner: Any = linear.LoraLinear if site == "forward" else dora if site == "row_norms" else linear
     original, whole = getattr(owner, site), getattr(collectives, name)
 
     def broken_site(*args: Any) -> Any:
@@ -58,7 +64,7 @@ def train_with_faults(rank: int, path: Path, layout: Layout) -> dict[str, Share]
     found = {"": train(adapt(path, CASE, layout.sizes), CASE, layout)}
     for fault in faults(layout.sizes):
         if fault in COLLECTIVES:
-            with broken(*COLLECTIVES[fault]):
+            with broken(*COLLECTIVES[fault][1:]):
                 found[fault] = train(adapt(path, CASE, layout.sizes), CASE, layout)
         else:
             chunks = adapt(path, CASE, layout.sizes)
@@ -71,8 +77,8 @@ def train_with_faults(rank: int, path: Path, layout: Layout) -> dict[str, Share]
 def faults(sizes: ParallelSizes) -> list[str]:
     """Without sequence parallelism no parameter has its mark."""
     marks = [name for name in MARKS if sizes.sequence_parallel or MARKS[name][0] != "sequence_parallel"]
-    sites = zip(COLLECTIVES, FAULTS, strict=True)
-    return [name for name, fault in sites if fault[1].sequence_parallel == sizes.sequence_parallel] + marks
+    sites = [name for name, site in COLLECTIVES.items() if site[0].sequence_parallel == sizes.sequence_parallel]
+    return sites + marks
 
 
 @pytest.fixture(scope="module")
