@@ -21,6 +21,8 @@ DESCRIPTION = """Fine-tune a Hugging Face model with LoRA on Megatron-Core.
 OUTPUT gets checkpoints/ (sharded, to resume from), peft/ (the adapter for Hugging Face PEFT, at the end of training),
 metrics.jsonl, tensorboard/, loss.png and config.json."""
 
+_RECOMPUTABLE = ("core_attn", "mlp")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
