@@ -199,7 +199,7 @@ EXPERTS = (
     ),
     Rule(
         "scaling of experts",
-        faults.with_experts(faults.field("use_rslora", "rank_pattern", "alpha_pattern")),
+        faults.scaling_of_targets,
         {"peft": "packing experts under transformers 5 doubles rank and alpha, which makes the scaling wrong"},
     ),
     Rule(

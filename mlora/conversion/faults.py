@@ -237,6 +237,12 @@ def ranks_of_experts(directory: PeftDirectory) -> Iterator[str]:
                 yield f"{PREFIX}{path}.*.{leaf}"
 
 
+def scaling_of_targets(directory: PeftDirectory) -> Iterator[str]:
+    """What makes scalings of experts that are given as modules; given as parameters, they are said as they will be."""
+    if directory.experts and not is_on(directory, "target_parameters"):
+        yield from field("use_rslora", "rank_pattern", "alpha_pattern")(directory)
+
+
 def with_experts(find: Find) -> Find:
     return lambda directory: find(directory) if directory.experts else iter(())
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,18 @@ def from_matrix(
         return padded
 
     return PeftTensor(name, shape, dtype, make)
+
+
+def zero_module(name: str, shape: tuple[int, int], like: AdapterModule) -> AdapterModule:
+    """A module that adds nothing to a weight [out, in], of rank 1, with the scaling and the dtypes of another."""
+
+    def lazy(factor: str, size: tuple[int, int], other: LazyTensor) -> LazyTensor:
+        return LazyTensor(
+            f"{name}.{factor}", other.file, size, other.dtype, partial(torch.zeros, size, dtype=other.dtype)
+        )
+
+    A, B = lazy("lora_A", (1, shape[1]), like.A), lazy("lora_B", (shape[0], 1), like.B)
+    return AdapterModule(name, 1, like.scaling, A, B)
 
 
 def slots(module: AdapterModule) -> dict[str, LazyTensor]:

@@ -9,12 +9,11 @@ Its buffers are made by last parts of names, for every layer alike. What is miss
 """
 
 from collections.abc import Collection
-from functools import partial
 
-import torch
-
+from mlora.conversion.peft_writer import PeftAdapter, zero_module
+from mlora.conversion.portable import Request, check_plain, uniform_adapter
 from mlora.conversion.selection import in_layer
-from mlora.conversion.state import AdapterModule, AdapterState, LazyTensor, natural_order
+from mlora.conversion.state import AdapterModule, AdapterState, natural_order
 from mlora.pretrained import Pretrained
 from mlora.targets import layer_index
 
@@ -22,6 +21,12 @@ from mlora.targets import layer_index
 STACKED = {("q_proj", "k_proj", "v_proj"): ("q_proj", "v_proj"), ("gate_proj", "up_proj"): ("gate_proj", "up_proj")}
 # Projections with as many output features.
 _ALIKE = {"v_proj": "k_proj", "gate_proj": "up_proj", "up_proj": "gate_proj"}
+
+
+def sglang(request: Request) -> PeftAdapter:
+    """The portable profile with zeros where a projection is missing."""
+    check_plain(request.state, "sglang")
+    return uniform_adapter(request, with_stacked(request.state, request.base))
 
 
 def with_stacked(state: AdapterState, base: Pretrained | None) -> list[AdapterModule]:
@@ -33,7 +38,7 @@ def with_stacked(state: AdapterState, base: Pretrained | None) -> list[AdapterMo
     present = state.by_name
     found = dict(present)
     for name in _missing(present):
-        found[name] = _zero(name, _shape(name, found, state, base), next(iter(present.values())))
+        found[name] = zero_module(name, _shape(name, found, state, base), next(iter(present.values())))
     return sorted(found.values(), key=lambda module: natural_order(module.name))
 
 
@@ -73,15 +78,4 @@ def _shape(name: str, found: dict[str, AdapterModule], state: AdapterState, base
         return shape[0], shape[1]
     raise ValueError(
         f"{state.source} has no {name}, which SGLang needs; to add it with zeros, its shape must be known: give the base model"
-    )
-
-
-def _zero(name: str, shape: tuple[int, int], like: AdapterModule) -> AdapterModule:
-    def lazy(factor: str, size: tuple[int, int], other: LazyTensor) -> LazyTensor:
-        return LazyTensor(
-            f"{name}.{factor}", other.file, size, other.dtype, partial(torch.zeros, size, dtype=other.dtype)
-        )
-
-    return AdapterModule(
-        name, 1, like.scaling, lazy("lora_A", (1, shape[1]), like.A), lazy("lora_B", (shape[0], 1), like.B)
     )

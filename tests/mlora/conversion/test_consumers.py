@@ -269,6 +269,14 @@ def test_what_the_base_tells(tmp_path: Path) -> None:
     assert _told(path, "layers", "q_proj") == _told(path, "layers", "q_proj", layer_count=LAYERS) == set()
 
 
+def test_scalings_of_experts_may_be_said_for_what_they_become(tmp_path: Path) -> None:
+    directory = Directory(MOE)
+    packed = r".*\.experts\.gate_up_proj"
+    directory.config |= {"rank_pattern": {packed: 4}, "alpha_pattern": {packed: 8}}
+    directory.config["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert check(PeftDirectory.open(directory.write(tmp_path / "a")), "peft") == []
+
+
 def test_the_error_names_rules_and_keys(tmp_path: Path) -> None:
     directory = Directory(MODULES)
     directory.config |= {"use_rslora": True, "alpha_pattern": {"q_proj": 1}, "bias": "all", "lora_bias": True}

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from mlora.conversion import AdapterState, open_adapter
 from mlora.conversion.difference import compare
 from mlora.conversion.peft_writer import PeftAdapter, write_peft
-from mlora.conversion.profiles import PROFILES, peft_adapter, uniform
+from mlora.conversion.portable import Uniform
+from mlora.conversion.profiles import PROFILES, peft_adapter
 from mlora.pretrained import Pretrained
 from tests.mlora.conversion.adapters import PREFIX, tensors_of, write_adapter
 from tests.mlora.conversion.adapters import write_peft as write_with_peft
@@ -99,8 +100,9 @@ def test_what_folds_without_loss_keeps_its_dtype(tmp_path: Path) -> None:
 def test_alpha_gives_the_scaling_back(tmp_path: Path, rank: int, alpha: float) -> None:
     for number, use_rslora in enumerate((False, True)):
         state = state_of(tmp_path / str(number), {("q", 0): rank}, lora_alpha=alpha, use_rslora=use_rslora)
-        _, found_rank, found = uniform(state.modules, None)
-        assert found_rank == rank
+        uniform = Uniform.of(state.modules, None)
+        found = uniform.alpha
+        assert uniform.rank == rank
         assert found / rank == pytest.approx(alpha / (math.sqrt(rank) if use_rslora else rank), rel=3e-16)
         if not use_rslora and isinstance(alpha, int):
             assert found == alpha and isinstance(found, int)
