@@ -4,7 +4,7 @@ A checkpoint is a directory of Megatron's ``torch_dist`` files (:mod:`parallel.s
 
 | what | where |
 |---|---|
-| adapter matrices, whole, under ``adapter.<global Megatron module>.<projection>.lora_A`` | sharded files |
+| adapter parameters, whole, under ``adapter.<global Megatron module>.<projection>.lora_A`` | sharded files |
 | for resuming: optimizer, scheduler, random states, the caller's training state | sharded files |
 | :class:`~mlora.config.LoraConfig` | ``adapter_config.json`` |
 | iteration, layout at save, projections, base model | ``mlora.json`` |

@@ -87,9 +87,14 @@ def peft_tensors(
             than float32: then all become float32.
 
     Raises:
-        ValueError: a matrix is missing, left over or of another rank, or two projections claim the same rows of a Hugging Face
-            module.
+        ValueError: the adapter is DoRA; a matrix is missing, left over or of another rank; two projections claim the same rows of a
+            Hugging Face module.
     """
+    for key in shapes:
+        if key.endswith("lora_magnitude_vector"):
+            raise ValueError(
+                f"the adapter has DoRA's magnitudes ({key}), which not every reader knows: use the peft profile"
+            )
     _check_keys(shapes, projections)
     rank = max(projection.rank for projection in projections)
     modules = _by_hf_module(projections)

@@ -25,6 +25,7 @@ class Lora:
     lora_exclude_modules: Annotated[tuple[str, ...], Help("names not to adapt, given likewise")] = ()
     lora_layers: Annotated[tuple[int, ...] | None, Help("adapt only these layers, counted from 0")] = None
     lora_use_rslora: Annotated[bool, Help("scaling alpha / sqrt(r)")] = False
+    lora_use_dora: Annotated[bool, Help("DoRA: train the lengths of the adapted weight's rows too")] = False
     lora_init: Annotated[Literal["true", "gaussian", "false"], Help("PEFT's init_lora_weights")] = "true"
     lora_shared_a: Annotated[bool, Help("one lora_A for the projections that Megatron fuses (q, k, v; gate, up)")] = (
         False
@@ -56,6 +57,7 @@ class Lora:
             "exclude_modules": _modules("--lora-exclude-modules", self.lora_exclude_modules) or None,
             "layers_to_transform": self.lora_layers,
             "use_rslora": self.lora_use_rslora,
+            "use_dora": self.lora_use_dora,
             "init_lora_weights": {"true": True, "false": False}.get(self.lora_init, self.lora_init),
             "shared_A": self.lora_shared_a,
             "adapter_dtype": self.lora_adapter_dtype,

@@ -18,7 +18,9 @@ from megatron.core import parallel_state
 import mlora
 from mlora.checkpoint import Training, latest_checkpoint, load_checkpoint, read_info
 from mlora.config import LoraConfig
-from mlora.export import export_peft
+from mlora.conversion import open_adapter
+from mlora.conversion.peft_writer import write_peft
+from mlora.conversion.profiles import peft_adapter
 from mlora.model import build_model
 from mlora.pretrained import Pretrained
 from mlora.sft.batches import BatchPlan, EvalPlan
@@ -216,7 +218,9 @@ def _conclude(loop: Loop, output: Output) -> None:
         loop.metrics.close()
         plot_losses(loop.metrics.records, output.plot)
     if loop.finished:
-        export_peft(latest_checkpoint(output.checkpoints), output.peft, replace=True)
+        adapter = open_adapter(latest_checkpoint(output.checkpoints))
+        profile = "peft" if adapter.uses_dora else "portable"
+        write_peft(peft_adapter(adapter, profile), output.peft, replace=True, keep=(adapter.source,))
         logger.info("finished at iteration %d; the adapter for Hugging Face PEFT is in %s", loop.iteration, output.peft)
     elif loop.saved:
         logger.info(

@@ -14,6 +14,9 @@ import mlora
 from mlora import LoraConfig
 from mlora.attach import factors
 from mlora.checkpoint import PREFIX, checkpoints, latest_checkpoint, load_checkpoint, read_info, save_checkpoint
+from mlora.conversion import open_adapter
+from mlora.conversion.peft_writer import write_peft
+from mlora.conversion.profiles import peft_adapter
 from mlora.export import export_peft
 from parallel.sizes import ParallelSizes
 from parallel.storage import Reader
@@ -39,6 +42,7 @@ ADAPTERS = {
     "shared": LoraConfig(r=3, use_rslora=True, shared_A=True, adapter_dtype=torch.bfloat16),
     "middle": LoraConfig(r=1, target_modules=["o_proj", "up_proj"], layers_to_transform=[1, 2]),
     "last": LoraConfig(r=2, target_modules=["model.layers.3.mlp.down_proj"]),
+    "dora": LoraConfig(r=2, target_modules=["k_proj", "o_proj"], use_dora=True),
 }
 
 
@@ -99,7 +103,13 @@ def test_every_layout_exports_the_same_bytes(saved: dict[str, Path], tmp_path: P
         exported = {}
         for layout, folder in saved.items():
             output = tmp_path / f"{name}-{layout}"
-            export_peft(latest_checkpoint(folder / name), output)
+            checkpoint = latest_checkpoint(folder / name)
+            if ADAPTERS[name].use_dora:
+                with pytest.raises(ValueError, match="has DoRA's magnitudes"):
+                    export_peft(checkpoint, output)
+                write_peft(peft_adapter(open_adapter(checkpoint), "peft"), output)
+            else:
+                export_peft(checkpoint, output)
             exported[layout] = _hashes(output)
         assert all(hashes == exported["TP1"] for hashes in exported.values()), (name, exported)
 

@@ -8,7 +8,9 @@ import torch
 
 from mlora import LoraConfig
 from mlora.checkpoint import save_checkpoint
-from mlora.export import export_peft
+from mlora.conversion import open_adapter
+from mlora.conversion.peft_writer import write_peft
+from mlora.conversion.profiles import peft_adapter
 from tests.peft_oracle import exported_logits, train_with_peft
 from tests.ranks import run_ranks
 from tests.tiny import write_model
@@ -30,18 +32,21 @@ CASES = {
     "packed": Case(kind="llama3.1", lora=LoraConfig(**LORA), packed=True),
     "dropout": Case(kind="qwen2-tied", lora=LoraConfig(**LORA, lora_dropout=0.2, seed=3)),
 }
-EXPORTED = "qwen3"
+# Case -> the profile that it is exported in.
+EXPORTED = {"qwen3": "portable", "dora": "peft"}
 Shares = Callable[[str], tuple[list[dict[str, Share]], Path]]
 
 
 def train_and_save(
     rank: int, models: dict[str, Path], cases: dict[str, Case], layout: Layout, folder: Path
 ) -> dict[str, Share]:
-    """Train every case, and save one adapter at the end."""
-    shares = train_all(rank, models, {name: case for name, case in cases.items() if name != EXPORTED}, layout)
-    chunks = adapt(models[EXPORTED], cases[EXPORTED], layout.sizes)
-    shares[EXPORTED] = train(chunks, cases[EXPORTED], layout)
-    save_checkpoint(folder, chunks, iteration=10, base={"path": str(models[EXPORTED])})
+    """Train every case, and save some adapters at the end."""
+    shares = train_all(rank, models, {name: case for name, case in cases.items() if name not in EXPORTED}, layout)
+    for name in EXPORTED:
+        case = cases[name]
+        chunks = adapt(models[case.kind], case, layout.sizes)
+        shares[name] = train(chunks, case, layout)
+        save_checkpoint(folder / name, chunks, base={"path": str(models[case.kind])})
     return shares
 
 
@@ -95,18 +100,20 @@ def test_the_optimizer_holds_the_adapter_and_nothing_else(
             assert held == copies * sum(matrix.numel() for matrix in references[case].final.values())
 
 
+@pytest.mark.parametrize("case", EXPORTED)
 @pytest.mark.parametrize("layout", ["TP2xPP2+SP", "PP2xVPP2", "TP2xDP2"])
 def test_the_exported_adapter_gives_our_logits(
     models: dict[str, Path],
     shares: Shares,
     tmp_path: Path,
     layout: str,
+    case: str,
 ) -> None:
     ranks, folder = shares(layout)
-    export_peft(folder / "iter_0000010", tmp_path / "peft")
-    logits = exported_logits(models[EXPORTED], tmp_path / "peft")
+    write_peft(peft_adapter(open_adapter(folder / case), EXPORTED[case]), tmp_path / "peft")
+    logits = exported_logits(models[CASES[case].kind], tmp_path / "peft")
     for share in ranks:
-        ours = share[EXPORTED].logits_after
+        ours = share[case].logits_after
         assert (ours - logits).abs().max() < 1e-5 * logits.abs().max()
-        assert (ours - share[EXPORTED].logits_before).abs().max() > 0.1
-        assert torch.equal(ours, ranks[0][EXPORTED].logits_after)
+        assert (ours - share[case].logits_before).abs().max() > 0.1
+        assert torch.equal(ours, ranks[0][case].logits_after)

@@ -36,7 +36,7 @@ SETTINGS = {
     "weight_decay": 0.1,
     "clip_grad": 0.05,  # well below the norms here, so that every step is clipped
 }
-EVERYTHING = LoraConfig(r=5, lora_alpha=10, lora_dropout=0.2, rank_pattern={"v_proj": 3})
+EVERYTHING = LoraConfig(r=5, lora_alpha=10, lora_dropout=0.2, rank_pattern={"v_proj": 3}, use_dora=True)
 FIRST_STAGE = LoraConfig(r=2, layers_to_transform=[0, 1], lora_dropout=0.1)  # PP 2: the second stage trains nothing
 ONE_MATRIX = LoraConfig(
     r=1, target_modules=["model.layers.0.self_attn.o_proj"]

@@ -185,7 +185,7 @@ def test_the_adapters_configuration() -> None:
     config = lora(
         *("--lora-rank", 4, "--lora-alpha", 32, "--lora-dropout", 0.1, "--lora-target-modules", "q_proj", "linear_fc1"),
         *("--lora-exclude-modules", "up_proj", "--lora-layers", 0, 3, "--lora-use-rslora", "--lora-init", "gaussian"),
-        *("--lora-shared-a", "--lora-adapter-dtype", "float32"),
+        *("--lora-shared-a", "--lora-use-dora", "--lora-adapter-dtype", "float32"),
         seed=5,
     )
     assert config == LoraConfig(
@@ -196,6 +196,7 @@ def test_the_adapters_configuration() -> None:
         exclude_modules=["up_proj"],
         layers_to_transform=[0, 3],
         use_rslora=True,
+        use_dora=True,
         init_lora_weights="gaussian",
         shared_A=True,
         adapter_dtype="float32",  # type: ignore[arg-type]

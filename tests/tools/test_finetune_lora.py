@@ -358,11 +358,15 @@ def test_a_run_from_a_configuration_file(files: Files, tmp_path: Path) -> None:
     config.write_text(
         f"model: {files.folder / 'base'}\ndata: {files.folder / 'train.jsonl'}\nseq-length: 24\nglobal-batch-size: 8\n"
         "train-epochs: 0.3\nlr: 1e-3\nlora-target-modules: [q_proj, v_proj]\nbf16: true\nlora-adapter-dtype: float32\n"
-        "recompute-granularity: full\n"
+        "recompute-granularity: full\nlora-use-dora: true\n"
     )
     ranks = run(1, ["--config", config, "--output", tmp_path / "run"], tmp_path / "log")
     assert ranks[0].code == 0, ranks[0].text
     assert len(metrics(tmp_path / "run")) == 2  # 15 of 50 pairs
     tensors = load_file(tmp_path / "run" / "peft" / "adapter_model.safetensors")
-    assert {key.split(".")[-3] for key in tensors} == {"q_proj", "v_proj"}
+    assert {key.split(".self_attn.")[1] for key in tensors} == {
+        f"{name}.{factor}"
+        for name in ("q_proj", "v_proj")
+        for factor in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    }
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.float32"}
