@@ -122,7 +122,7 @@ def read_layout(name: str, module: torch.nn.Module) -> LinearLayout | None:
     size = group.size()
     rows, columns = weight.shape
     out_features, in_features = rows * (size if dim == 0 else 1), columns * (size if dim == 1 else 1)
-    runs = list(_fused_rows(name, module.config, out_features, size if dim == 0 else 1))
+    runs = list(fused_rows(name, module.config, out_features, size if dim == 0 else 1))
     piece = (group.rank() * rows, rows) if dim == 0 else (0, rows)
     totals: dict[str, int] = {}
     for run in runs:
@@ -148,8 +148,14 @@ def _group(module: torch.nn.Module) -> dist.ProcessGroup:
     raise ValueError(f"{type(module).__name__} names no tensor-parallel group")
 
 
-def _fused_rows(name: str, config: TransformerConfig, out_features: int, size: int) -> Iterator[Segment]:
-    """The rows of the whole linear as the pieces of the ``size`` ranks that share them, in order of rank."""
+def fused_rows(name: str, config: TransformerConfig, out_features: int, size: int) -> Iterator[Segment]:
+    """The rows of a whole linear as the pieces of the ``size`` ranks that share them, in order of rank.
+
+    Args:
+        name: of the module.
+        config: of the model.
+        out_features: rows of the whole weight.
+    """
     leaf = name.rpartition(".")[2]
     if leaf == "linear_qkv":
         yield from _qkv_rows(config)

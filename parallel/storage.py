@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from parallel.together import on_rank_zero, raise_for, together
@@ -35,13 +36,15 @@ from parallel.together import on_rank_zero, raise_for, together
 # Where Megatron keeps what is no sharded tensor or object: the same on every rank, written by rank 0.
 PLAIN = ShardedObject("common_state", None, (1,), (0,))
 DIRECTORY = ".metadata"
-# All that a directory of tensors names. A pickle that names anything else is refused before it is built.
+# All that a directory of tensors names. A pickle that names anything else is refused before it is built. Megatron's own writer
+# leaves the ranks' plans in it, which are not used here.
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": {
         "_MEM_FORMAT_ENCODING", "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
         "StorageMeta", "TensorProperties", "TensorStorageMetadata",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", "bfloat16", "float16", "float32", "float64", "int32", "int64", "uint8"},
 }  # fmt: skip
@@ -261,8 +264,14 @@ class Reader:
                 raise ValueError(f"{path} is truncated: {path.stat().st_size} bytes, expected {length}")
 
 
+# Megatron-Core before 0.16 added a field to two of torch's records and gave them these names.
+_OF_MEGATRON = {"MCoreMetadata": Metadata, "MCoreSavePlan": SavePlan}
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if module == "megatron.core.dist_checkpointing.strategies.torch" and name in _OF_MEGATRON:
+            return _OF_MEGATRON[name]
         if module in ("pathlib", "pathlib._local"):
             return PurePath  # The folder's path when it was written: Python versions and systems name its class differently.
         if name not in _RECORDS.get(module, ()):

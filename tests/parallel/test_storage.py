@@ -13,8 +13,10 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.strategies import torch as of_megatron
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from parallel.sizes import ParallelSizes
 from parallel.storage import Reader, read, write
@@ -88,6 +90,37 @@ def test_pieces_of_both_dimensions(folder: Path) -> None:
 def test_megatron_reads_the_directory(folder: Path) -> None:
     found = dist_checkpointing.load_tensors_metadata(str(folder))
     assert {key: (tensor.global_shape, tensor.dtype) for key, tensor in found.items()} == TENSORS
+
+
+def _named_by_megatron(name: str, record: type, monkeypatch: pytest.MonkeyPatch) -> type:
+    """A subclass of a record of torch's, which Megatron-Core had before 0.16."""
+    made = type(name, (record,), {"__module__": of_megatron.__name__, "mcore_data": None})
+    monkeypatch.setattr(of_megatron, name, made, raising=False)  # pickle looks it up
+    return made
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["its plans", "its names before 0.16"])
+def test_a_directory_that_megatron_wrote(
+    folder: Path, tmp_path: Path, old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own writer leaves the ranks' plans in the directory, and once called two of torch's records its own."""
+    shutil.copytree(folder, tmp_path / "files")
+    path = tmp_path / "files" / ".metadata"
+    size = torch.Size((3, 40))
+    data = TensorWriteData(ChunkStorageMetadata(torch.Size((0, 0)), size), TensorProperties(dtype=torch.float32), size)
+    items = [WriteItem(MetadataIndex("a", (0, 0)), WriteItemType.SHARD, tensor_data=data)]
+    metadata, plan = pickle.loads(path.read_bytes()), SavePlan(items)
+    if old:
+        plan = _named_by_megatron("MCoreSavePlan", SavePlan, monkeypatch)(items)
+        metadata = _named_by_megatron("MCoreMetadata", Metadata, monkeypatch)(**vars(metadata))
+    metadata.all_local_plans = [plan]
+    text = pickle.dumps(metadata)
+    assert (b"MCoreMetadata" in text and b"MCoreSavePlan" in text) == old
+    path.write_bytes(text)
+    with Reader(tmp_path / "files") as reader:
+        assert [found.items for found in reader.metadata.all_local_plans] == [items]  # type: ignore[attr-defined]
+        for name in TENSORS:
+            assert torch.equal(reader.tensor(name), _whole(name))
 
 
 class Bomb:
