@@ -117,6 +117,27 @@ def test_a_layer_sends_the_frozen_models_tensors_and_few_of_rank_size(sizes: Par
             assert sum(lengths) <= LAYERS * 8 * TOKENS * RANK, name
 
 
+def lora_and_dora(rank: int, sizes: ParallelSizes) -> dict[float, tuple[list[Entry], list[Entry]]]:
+    """Dropout -> the entries of LoRA, and those of DoRA."""
+    pairs = {
+        p: (LoraConfig(r=RANK, lora_dropout=p), LoraConfig(r=RANK, lora_dropout=p, use_dora=True)) for p in (0, 0.3)
+    }
+    return {p: (entries(sizes, lora, {}), entries(sizes, dora, {})) for p, (lora, dora) in pairs.items()}
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS[:2], ids=str)
+def test_dora_sends_one_number_a_row_of_the_linears_whose_columns_are_divided(sizes: ParallelSizes) -> None:
+    for found in run_ranks(sizes.tensor, lora_and_dora, sizes, sizes=sizes):
+        for dropout, (lora, dora) in found.items():
+            assert not sizes_of(lora) - sizes_of(dora)
+            added = [(e.kind, e.direction, e.elements) for e in (sizes_of(dora) - sizes_of(lora)).elements()]
+            expected = [("all_reduce", "forward", gpt.HIDDEN)] * 2 * LAYERS
+            # The gradient of the magnitudes, where the output is scaled before the sum and Megatron sums nothing.
+            if dropout and not sizes.sequence_parallel:
+                expected += [("all_reduce", "backward", gpt.HIDDEN)] * 2 * LAYERS
+            assert sorted(added) == sorted(expected), dropout
+
+
 def inference(rank: int, sizes: ParallelSizes) -> tuple[list[Entry], list[Entry]]:
     found = []
     for config in (None, CASES["all"].config):

@@ -22,7 +22,12 @@ ADAPTERS = {
     # Nothing in front of the last MLP has anything to train, so nothing there asks for a gradient; a stage has no adapter.
     "late": Case(
         lora=LoraConfig(
-            r=2, init_lora_weights=False, lora_dropout=0.1, target_modules=["up_proj"], layers_to_transform=[3]
+            r=2,
+            init_lora_weights=False,
+            lora_dropout=0.1,
+            use_dora=True,
+            target_modules=["up_proj", "down_proj"],
+            layers_to_transform=[3],
         ),
         steps=2,
     ),
