@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from mlora import dora
 from mlora.attach import factors
 from mlora.dropout import set_micro_batch
+from mlora.te import TeLora
 from parallel import collectives
 from parallel.sizes import ParallelSizes
+from tests.mlora import test_linear
 from tests.mlora.test_linear import (
     FC1,
     FC2,
@@ -53,6 +56,27 @@ def test_every_tensor_equals_the_unsharded_one_on_every_rank(sizes: ParallelSize
         assert sum("magnitude" in name for name in errors) >= 12
         worst = max(errors, key=lambda name: errors[name])
         assert errors[worst] < 1e-12, (rank, worst, errors[worst])
+
+
+def beside(case: Case, sizes: ParallelSizes) -> Any:
+    """What :func:`build` gives, with the term beside the linear and not inside, as with Transformer Engine's linears."""
+    model, module, layout = build(case, sizes)
+    base = RowParallelLinear if layout.partition_dim == 1 else ColumnParallelLinear
+    module.__class__ = type("Beside", (TeLora, base), {"use_bias": case.bias})
+    return model, module, layout
+
+
+def cases_beside(rank: int, sizes: ParallelSizes) -> dict[str, float]:
+    test_linear.build = beside
+    made = [replace(case, dora=True) for case in cases(sizes.tensor) if not case.dropout]
+    return {f"{case}: {name}": error for case in made for name, error in run_case(rank, case, sizes).items()}
+
+
+@pytest.mark.parametrize("sizes", [ParallelSizes(), PLAIN, SP], ids=str)
+def test_the_term_may_be_beside_the_linear(sizes: ParallelSizes) -> None:
+    for errors in run_ranks(sizes.tensor, cases_beside, sizes, sizes=sizes):
+        worst = max(errors, key=lambda name: errors[name])
+        assert errors[worst] < 1e-12, (worst, errors[worst])
 
 
 def broken_errors(rank: int, case: Case, sizes: ParallelSizes, site: str, name: str, fault: Any) -> float:
@@ -115,8 +139,6 @@ def unmarked_errors(rank: int, case: Case) -> dict[str, float]:
             if "magnitude" in factor.name:
                 factor.parameter.sequence_parallel = False  # type: ignore[attr-defined]
             yield factor
-
-    from tests.mlora import test_linear
 
     test_linear.factors = factors_without_marks  # type: ignore[attr-defined]
     return run_case(rank, case, SP)
