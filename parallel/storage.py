@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -183,6 +183,8 @@ class Reader:
     def tensor(self, key: str) -> torch.Tensor:
         """One whole tensor."""
         entry = self._entry(key)
+        if len(entry.chunks) == 1 and entry.chunks[0].sizes == entry.size:
+            return self._stored(key, entry.chunks[0]).contiguous()
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
         self._fill(key, whole, (0,) * whole.ndim, tuple(entry.size))
         return whole
@@ -214,15 +216,17 @@ class Reader:
             if both is None:
                 continue
             target, source = both
-            stored = self._load(MetadataIndex(key, chunk.offsets))
-            if stored.shape != chunk.sizes:
-                raise ValueError(
-                    f"{self.folder}: a piece of {key} has shape {list(stored.shape)}, not {list(chunk.sizes)}"
-                )
-            out[target].copy_(stored[source])
+            out[target].copy_(self._stored(key, chunk)[source])
             missing -= math.prod(span.stop - span.start for span in target)
         if missing:
             raise ValueError(f"{self.folder}: {missing} elements of {key} are in no file")
+
+    def _stored(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+        """One of the pieces of the files."""
+        stored: torch.Tensor = self._load(MetadataIndex(key, chunk.offsets))
+        if stored.shape != chunk.sizes:
+            raise ValueError(f"{self.folder}: a piece of {key} has shape {list(stored.shape)}, not {list(chunk.sizes)}")
+        return stored
 
     def _entry(self, key: str) -> TensorStorageMetadata:
         entry = self.metadata.state_dict_metadata.get(key)
