@@ -4,10 +4,7 @@ float32 kernels against float64: the tolerance is that of float32 sums.
 """
 
 import copy
-import os
 from typing import Any
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are defined
 
 import pytest
 import torch

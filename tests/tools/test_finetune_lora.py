@@ -303,7 +303,7 @@ def words(*given: Any) -> Callable[[Path], list[Any]]:
         (3, words("--tensor-model-parallel-size", 3), 1, "8 attention heads do not divide by tensor parallel size 3"),
         (3, words("--pipeline-model-parallel-size", 3), 1, "4 layers do not divide by 3 pipeline stages"),
         (2, words("--micro-batch-size", 3), 2, "--global-batch-size 8 is not a multiple of --micro-batch-size 3 x"),
-        (1, words("--recompute-granularity", "selective", "--recompute-modules", "nothing"), 1, "nothing"),
+        (1, words("--recompute-granularity", "selective", "--recompute-modules", "nothing"), 2, "nothing"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

@@ -95,6 +95,7 @@ def test_what_is_wrong_is_one_line(
 def _merge_slowly(words: list[str], writing: Event) -> None:
     """In a child process: a merge that takes its time over each row."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background jobs ignore it, tests in one too.
 
     def slow(tensor: torch.Tensor) -> bool:
         writing.set()
