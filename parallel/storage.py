@@ -11,7 +11,6 @@ import io
 import math
 import os
 import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from types import TracebackType
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from parallel.archive import check_records
 from parallel.together import on_rank_zero, raise_for, together
 
 # Where Megatron keeps what is no sharded tensor or object: the same on every rank, written by rank 0.
@@ -243,14 +243,9 @@ class Reader:
         file = self._files[place.relative_path]
         file.seek(place.offset)
         try:
-            content = io.BytesIO(file.read(place.length))
-            with zipfile.ZipFile(content) as archive:
-                if (
-                    bad := archive.testzip()
-                ) is not None:  # torch.load does not look at the checksums that torch.save writes.
-                    raise ValueError(f"wrong checksum of {bad}")
-            content.seek(0)
-            return torch.load(content, map_location="cpu", weights_only=True)
+            content = file.read(place.length)
+            check_records(content)
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{self.folder / place.relative_path}: {index.fqn} cannot be read: {error}") from error
 

@@ -27,12 +27,14 @@ class PeftTensor:
         shape: of it.
         dtype: that it is stored in.
         make: makes it.
+        sound: what it makes is known to be finite.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], torch.Tensor]
+    sound: bool = False
 
     def load(self) -> torch.Tensor:
         """The tensor.
@@ -41,7 +43,7 @@ class PeftTensor:
             ValueError: it is not finite in its dtype.
         """
         tensor = self.make().to(self.dtype)
-        if not is_finite(tensor):
+        if not self.sound and not is_finite(tensor):
             raise ValueError(f"{self.name} is not finite in {str(self.dtype).removeprefix('torch.')}")
         return tensor
 
@@ -72,7 +74,8 @@ def from_matrix(
         padded[tuple(slice(size) for size in matrix.shape)].copy_(matrix)
         return padded
 
-    return PeftTensor(name, shape, dtype, make)
+    # What is read as it is was looked at when it was read.
+    return PeftTensor(name, shape, dtype, make, sound=factor == 1.0 and dtype == source.dtype)
 
 
 def zero_module(name: str, shape: tuple[int, int], like: AdapterModule) -> AdapterModule:
