@@ -18,12 +18,12 @@ rank's rows in two, which is meant for gate and up in one linear. mcore-bridge d
 for the adapters of gate alone and of up alone.
 
 Checked against published sources, whose rules the tests write anew with Megatron's own classes on several ranks:
-NVIDIA-NeMo/Megatron-Bridge 0.4 to main, ``peft/utils.py`` (commit 0361921), ``lora.py`` (0191fc5), ``canonical_lora.py`` (0584188),
-``adapter_wrapper.py`` (2afd2d3); modelscope/mcore-bridge 1.0 to main, ``tuners/lora.py`` (02fb038); modelscope/ms-swift main,
-``megatron/utils/megatron_lm_utils.py`` (02f2bd4); megatron-core 0.16.1 and 0.19.2, ``transformer_block.py`` and ``mlp.py``, whose
-own ``dist_checkpointing.save`` on two ranks made files that were read, with rows in these orders. No checkpoint that Megatron-Bridge
-or ms-swift wrote themselves was at hand. Refused: experts, routers, embeddings, DoRA, vision towers,
-``modules_to_save``, several adapters in one checkpoint, and every format but ``torch_dist``.
+NVIDIA-NeMo/Megatron-Bridge ``peft/utils.py`` (as of commit 0361921), ``lora.py`` (0191fc5), ``canonical_lora.py`` (0584188) and
+``adapter_wrapper.py`` (2afd2d3); modelscope/mcore-bridge ``tuners/lora.py`` (02fb038); modelscope/ms-swift
+``megatron/utils/megatron_lm_utils.py`` (02f2bd4); megatron-core 0.16.1 and 0.19.2 ``transformer_block.py`` and ``mlp.py``. Files
+that these two made themselves on two ranks (``dist_checkpointing.save``) were read, with rows in these orders; no checkpoint that
+Megatron-Bridge or ms-swift made was at hand. Refused: experts, routers, embeddings, DoRA, vision towers, ``modules_to_save``,
+several adapters in one checkpoint, and every format but ``torch_dist``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
