@@ -37,6 +37,12 @@ class Inputs:
     resume: Annotated[bool, Help("go on from the newest checkpoint in OUTPUT, at this or another parallel layout")] = (
         False
     )
+    resume_from_peft: Annotated[
+        Path | None,
+        Help(
+            "start from this adapter, a PEFT directory or what was imported of one, with its ranks and targets", "DIR"
+        ),
+    ] = None
     config: Annotated[Path | None, Help("YAML or JSON with these options' names; the command line wins", "FILE")] = None
 
 
@@ -256,6 +262,11 @@ class Arguments:
         twice = sorted(given & set(Lora.__dataclass_fields__) - {"lora_config"})
         if lora.lora_config is not None and twice:
             raise UsageError(f"--lora-config is given, so --{twice[0].replace('_', '-')} must be in {lora.lora_config}")
+        fixed = sorted(given & set(Lora.__dataclass_fields__) - {"lora_adapter_dtype"})
+        if inputs.resume_from_peft is not None and fixed:
+            raise UsageError(
+                f"--{fixed[0].replace('_', '-')} is that of {inputs.resume_from_peft} (--resume-from-peft)"
+            )
         return cls(inputs=inputs, layout=layout, batches=batches, schedule=schedule, lora=lora, reports=reports)
 
     def plain(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from mlora.checkpoint import Training, latest_checkpoint, load_checkpoint, read_
 from mlora.config import LoraConfig
 from mlora.conversion import open_adapter
 from mlora.conversion.peft_writer import write_peft
-from mlora.conversion.profiles import peft_adapter
+from mlora.conversion.profiles import DTYPES, peft_adapter
 from mlora.model import build_model
 from mlora.pretrained import Pretrained
 from mlora.sft.batches import BatchPlan, EvalPlan
@@ -35,6 +35,7 @@ from mlora_tools.options import UsageError
 from mlora_tools.output import Output, model_digest, versions
 from mlora_tools.plot import plot_losses
 from mlora_tools.progress import Progress
+from mlora_tools.start import Start
 from parallel.launch import distributed
 from parallel.sizes import ParallelSizes
 from parallel.together import on_rank_zero, together
@@ -61,7 +62,7 @@ class Setting:
     arguments: Arguments
     base: Pretrained
     sizes: ParallelSizes
-    lora: LoraConfig
+    adapter: Start
     optimizer: OptimizerSettings
     train: Dataset
     heldout: Dataset | None
@@ -79,24 +80,35 @@ def finetune(arguments: Arguments) -> None:
     base = Pretrained.open(arguments.inputs.model)
     sizes = arguments.layout.sizes(base.architecture.transformer["num_layers"])
     arguments.check_division(sizes, int(os.environ.get("WORLD_SIZE", 1)))
-    lora = LoraConfig.from_dict(
-        arguments.lora.fields(arguments.batches.seed), str(arguments.lora.lora_config or "LoRA")
-    )
+    adapter = _adapter(arguments, base)
     with distributed(
         sizes,
         seed=arguments.batches.seed,
         backend=arguments.layout.distributed_backend,
         timeout_minutes=arguments.layout.distributed_timeout_minutes,
     ) as device:
-        _finetune(arguments, base, sizes, lora, device)
+        _finetune(arguments, base, sizes, adapter, device)
+
+
+def _adapter(arguments: Arguments, base: Pretrained) -> Start:
+    """What the options, or the adapter that they name, say of the adapter."""
+    seed, lora, path = arguments.batches.seed, arguments.lora, arguments.inputs.resume_from_peft
+    if path is None:
+        return Start(LoraConfig.from_dict(lora.fields(seed), str(lora.lora_config or "LoRA")))
+    adapter_dtype = DTYPES[lora.lora_adapter_dtype] if lora.lora_adapter_dtype else None
+    return Start.read(path, base, seed, _dtype(arguments), adapter_dtype)
+
+
+def _dtype(arguments: Arguments) -> torch.dtype:
+    return torch.bfloat16 if arguments.batches.bf16 else torch.float32
 
 
 def _finetune(
-    arguments: Arguments, base: Pretrained, sizes: ParallelSizes, lora: LoraConfig, device: torch.device
+    arguments: Arguments, base: Pretrained, sizes: ParallelSizes, adapter: Start, device: torch.device
 ) -> None:
     output = Output(arguments.inputs.output)
     checkpoint = _from_rank_zero(lambda: output.check(arguments.inputs.resume))
-    setting = together(lambda: _setting(arguments, base, sizes, lora))
+    setting = together(lambda: _setting(arguments, base, sizes, adapter))
     if checkpoint is not None:
         on_rank_zero(lambda: output.check_same(setting.settings))
     start = 0 if checkpoint is None else int(_from_rank_zero(lambda: read_info(checkpoint))["iteration"])
@@ -109,7 +121,7 @@ def _finetune(
     _run(setting, trainer, output, start, device)
 
 
-def _setting(arguments: Arguments, base: Pretrained, sizes: ParallelSizes, lora: LoraConfig) -> Setting:
+def _setting(arguments: Arguments, base: Pretrained, sizes: ParallelSizes, adapter: Start) -> Setting:
     """Reads the data; looks at the weights' files without reading them."""
     inputs, batches = arguments.inputs, arguments.batches
     with base.weights():
@@ -139,21 +151,23 @@ def _setting(arguments: Arguments, base: Pretrained, sizes: ParallelSizes, lora:
             for name in ("global_batch_size", "seq_length", "packing", "seed", "bf16")
         },
         **{_OPTIONS.get(name, _flag(name)): value for name, value in dataclasses.asdict(optimizer).items()},
-        **{f"LoRA's {name}": value for name, value in lora.to_dict().items()},
+        **{f"LoRA's {name}": value for name, value in adapter.config.to_dict().items()},
     }
-    return Setting(arguments, base, sizes, lora, optimizer, train, heldout, iterations, settings)
+    return Setting(arguments, base, sizes, adapter, optimizer, train, heldout, iterations, settings)
 
 
 def _trainer(setting: Setting, checkpoint: Path | None, start: int) -> Trainer:
     """The adapted model and its optimizer, as new or as the checkpoint has them."""
     batches = setting.arguments.batches
-    dtype = torch.bfloat16 if batches.bf16 else torch.float32
+    dtype = _dtype(setting.arguments)
     chunks = together(
         lambda: build_model(
             setting.base, setting.sizes, dtype=dtype, seq_length=batches.seq_length, **batches.recompute()
         )
     )
-    mlora.apply(chunks, setting.lora, family=setting.base.family)
+    mlora.apply(chunks, setting.adapter.config, family=setting.base.family)
+    if checkpoint is None:
+        setting.adapter.load(chunks)
     trainer = Trainer(chunks, setting.optimizer)
     if checkpoint is not None:
         training = Training(trainer.optimizer, trainer.scheduler, {})
@@ -258,7 +272,7 @@ def _config(
         "base": {"path": str(setting.base.path), "model_type": setting.base.family.model_type},
         "data": setting.train.facts,
         "eval_data": setting.heldout.facts if setting.heldout else None,
-        "lora": setting.lora.to_dict(),
+        "lora": setting.adapter.config.to_dict(),
         "parameters": {"trainable": trainable, "total": total},
         "starts": [*(output.read_config()["starts"] if start else []), this_start],
     }
