@@ -1,4 +1,4 @@
-"""The parameters of an adapter on one linear, and the bank of named adapters that hangs below it.
+"""The parameters of an adapter on one linear.
 
 | base | lora_A[p] | lora_B[p] | lora_magnitude_vector[p] (DoRA) |
 |---|---|---|---|
@@ -8,10 +8,11 @@
 
 p runs over the projections that the linear fuses (q, k, v; gate, up; whole). A rank that holds no row of p (fewer query groups
 than ranks) has no lora_B[p] and no magnitudes of p. With ``shared_A``, or if Hugging Face's module is fused too (Phi 3's
-``qkv_proj``), there is one lora_A, named "shared".
+``qkv_proj``), there is one lora_A, named "shared". An adapter that starts as a part of the base weight (:mod:`mlora.decomposition`)
+keeps that start: lora_A0 and lora_B0 lie as lora_A and lora_B do, and are no parameters.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,24 +33,36 @@ class Factor:
 
     Attributes:
         name: global, for example ``decoder.layers.3.self_attention.linear_qkv.q.lora_A``.
-        parameter: this rank's piece.
+        parameter: this rank's piece; of a start that is kept, a buffer.
         shape: of the whole matrix or, for magnitudes, vector.
         offset: of this rank's piece in it.
         replicated: every rank of the tensor-parallel group holds the same piece.
     """
 
     name: str
-    parameter: torch.nn.Parameter
+    parameter: torch.Tensor
     shape: tuple[int, ...]
     offset: tuple[int, ...]
     replicated: bool
 
 
 class _Factors(torch.nn.ParameterDict):
-    """Parameters by projection, which a state dict neither sets nor lacks: see :class:`AdapterBank`."""
+    """Parameters by projection, which a state dict neither sets nor lacks: see :class:`mlora.bank.AdapterBank`."""
 
     def _load_from_state_dict(self, *args: Any) -> None:
         pass
+
+
+class _Start(torch.nn.Module):
+    """The matrices by projection that an adapter started with."""
+
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Of each projection."""
+        yield from self.named_buffers(recurse=False)
+
+    def keep(self, part: str, value: torch.Tensor) -> None:
+        """A copy of a projection's matrix."""
+        self.register_buffer(part, value.detach().clone(), persistent=False)
 
 
 class LinearAdapter(torch.nn.Module):
@@ -69,7 +82,8 @@ class LinearAdapter(torch.nn.Module):
         ranks, scaling: of each projection.
 
     Raises:
-        ValueError: ``shared_A`` with different ranks within one linear.
+        ValueError: ``shared_A`` with different ranks within one linear; an adapter that starts as a part of the base weight with
+            a rank beyond the weight's, or with one A and several scalings.
     """
 
     def __init__(self, layout: LinearLayout, targets: Sequence[Target], config: LoraConfig, base: torch.Tensor) -> None:
@@ -87,6 +101,9 @@ class LinearAdapter(torch.nn.Module):
         self.scaling = {part: config.scaling(by_part[part].rank, by_part[part].alpha) for part in self.parts}
         if self.shares_A and len(set(self.ranks.values())) > 1:
             raise ValueError(f"{layout.name}: shared_A needs one rank for all its projections, not {self.ranks}")
+        if config.decomposes:
+            self._check_decomposition()
+        self.lora_A0, self.lora_B0 = _Start(), _Start()
         self.lora_A = _Factors()
         self.lora_B = _Factors()
         self.lora_magnitude_vector = _Factors()
@@ -95,28 +112,51 @@ class LinearAdapter(torch.nn.Module):
         for part in self.parts:
             if layout.part_rows(part)[1]:
                 self.lora_B[part] = self._new_B(part, base.device)
+                self.register_buffer(f"_index_{part}", layout.output_index(part).to(base.device), persistent=False)
                 if self.uses_dora:
                     self.lora_magnitude_vector[part] = self._new_magnitude(part, base.device)
-                self.register_buffer(f"_index_{part}", layout.output_index(part).to(base.device), persistent=False)
+        if config.decomposes:
+            # mlora.decomposition.start_from_weight() fills them, which takes the whole group.
+            for part, parameter in self.lora_A.items():
+                self.lora_A0.keep(part, parameter)
+            for part, parameter in self.lora_B.items():
+                self.lora_B0.keep(part, parameter)
+
+    def _check_decomposition(self) -> None:
+        rows, init = dict(self.layout.parts), self.config.init_lora_weights
+        for parts in [self.parts] if self.shares_A else [[part] for part in self.parts]:
+            most, rank = min(sum(rows[part] for part in parts), self.layout.in_features), self.ranks[parts[0]]
+            if rank > most:
+                raise ValueError(
+                    f"{self.layout.name}: with {init!r} the rank of {', '.join(parts)} can be {most} at most, not {rank}"
+                )
+            if len({self.scaling[part] for part in parts}) > 1:
+                raise ValueError(
+                    f"{self.layout.name}: with {init!r} projections of one A need one scaling, not {self.scaling}"
+                )
 
     def _new_A(self, part: str, device: torch.device) -> torch.nn.Parameter:
         layout, rank = self.layout, self.ranks[self.parts[0] if part == SHARED else part]
         first, count = layout.columns
-        whole = self._draw(f"{layout.name}.{part}.lora_A", "A", rank, layout.in_features, rank)
+        whole = self._draw(part, "A", rank, layout.in_features, rank)
         return self._parameter(whole[:, first : first + count], 1, layout.partition_dim == 1, device)
 
     def _new_B(self, part: str, device: torch.device) -> torch.nn.Parameter:
         layout, rank = self.layout, self.ranks[part]
         first, count = layout.part_rows(part)
-        whole = self._draw(f"{layout.name}.{part}.lora_B", "B", dict(layout.parts)[part], rank, rank)
+        whole = self._draw(part, "B", dict(layout.parts)[part], rank, rank)
         return self._parameter(whole[first : first + count], 0, layout.partition_dim == 0, device)
 
     def _new_magnitude(self, part: str, device: torch.device) -> torch.nn.Parameter:
         # mlora.dora.reset_magnitudes() computes them, which takes the whole group.
         return self._parameter(torch.ones(self.layout.part_rows(part)[1]), 0, self.layout.partition_dim == 0, device)
 
-    def _draw(self, name: str, factor: str, rows: int, columns: int, rank: int) -> torch.Tensor:
-        return draw(self.config.seed, name, self.config.init_lora_weights, factor, rows, columns, rank)
+    def _draw(self, part: str, factor: str, rows: int, columns: int, rank: int) -> torch.Tensor:
+        if self.config.decomposes:
+            return torch.zeros(rows, columns)
+        name = f"{self.layout.name}.{part}.lora_{factor}"
+        pair = f"{self.layout.name}.{SHARED if self.shares_A else part}"
+        return draw(self.config.seed, name, self.config.init_lora_weights, factor, rows, columns, rank, pair)
 
     def _parameter(self, value: torch.Tensor, dim: int, split: bool, device: torch.device) -> torch.nn.Parameter:
         """A parameter with the marks by which Megatron counts its norm and completes its gradient."""
@@ -128,20 +168,40 @@ class LinearAdapter(torch.nn.Module):
         parameter.sequence_parallel = self.layout.sequence_parallel and not split
         return parameter  # type: ignore[no-any-return]
 
+    @torch.no_grad()
+    def start_A(self, part: str, value: torch.Tensor) -> None:
+        """Set lora_A of a projection (or the shared one) to this rank's piece of what it starts as, and keep that."""
+        self.lora_A[part].copy_(value)
+        self.lora_A0.keep(part, self.lora_A[part])
+
+    @torch.no_grad()
+    def start_B(self, part: str, value: torch.Tensor) -> None:
+        """Likewise of lora_B."""
+        self.lora_B[part].copy_(value)
+        self.lora_B0.keep(part, self.lora_B[part])
+
     def factors(self) -> Iterator[Factor]:
         """This rank's parameters and where they stand."""
+        yield from self._matrices("lora_A", self.lora_A.items(), "lora_B", self.lora_B.items())
         layout = self.layout
-        for part, parameter in self.lora_A.items():
-            shape = (parameter.shape[0], layout.in_features)
-            name, offset = f"{layout.name}.{part}.lora_A", (0, layout.columns[0])
-            yield Factor(name, parameter, shape, offset, layout.partition_dim != 1)
-        for part, parameter in self.lora_B.items():
-            shape = (dict(layout.parts)[part], parameter.shape[1])
-            name, offset = f"{layout.name}.{part}.lora_B", (layout.part_rows(part)[0], 0)
-            yield Factor(name, parameter, shape, offset, layout.partition_dim != 0)
         for part, parameter in self.lora_magnitude_vector.items():
             name, first = f"{layout.name}.{part}.lora_magnitude_vector", layout.part_rows(part)[0]
             yield Factor(name, parameter, (dict(layout.parts)[part],), (first,), layout.partition_dim != 0)
+
+    def start(self) -> Iterator[Factor]:
+        """What the adapter started as and keeps, as :meth:`factors`."""
+        yield from self._matrices("lora_A0", self.lora_A0.items(), "lora_B0", self.lora_B0.items())
+
+    def _matrices(
+        self, a_name: str, A: Iterable[tuple[str, torch.Tensor]], b_name: str, B: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[Factor]:
+        layout = self.layout
+        for part, matrix in A:
+            shape, offset = (matrix.shape[0], layout.in_features), (0, layout.columns[0])
+            yield Factor(f"{layout.name}.{part}.{a_name}", matrix, shape, offset, layout.partition_dim != 1)
+        for part, matrix in B:
+            shape, offset = (dict(layout.parts)[part], matrix.shape[1]), (layout.part_rows(part)[0], 0)
+            yield Factor(f"{layout.name}.{part}.{b_name}", matrix, shape, offset, layout.partition_dim != 0)
 
     def index(self, part: str) -> torch.Tensor:
         """Where the rows of ``lora_B[part]`` stand among this rank's output rows, int64 [rows]."""
@@ -167,42 +227,54 @@ class LinearAdapter(torch.nn.Module):
     def fused(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(A, B) of the whole fused linear on this rank: [R, in_l] with the scaling in it, and [out_l, R] with zeros between parts.
 
-        R is the sum of the projections' ranks, or the one rank of a shared A.
+        R is the sum of the projections' ranks, or the one rank of a shared A; twice as much with [A; A₀] and [B, -B₀].
         """
+        A, B = self._fused(dict(self.lora_A.items()), dict(self.lora_B.items()))
+        if not self.config.decomposes:
+            return A, B
+        A0, B0 = self._fused(dict(self.lora_A0.items()), dict(self.lora_B0.items()))
+        return torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
+
+    def _fused(
+        self, lora_A: Mapping[str, torch.Tensor], lora_B: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.shares_A:
             # Scalings may differ between the projections, so here they go into B.
-            return self.lora_A[SHARED], self._fused_B({part: (0, self.scaling[part]) for part in self.parts})
-        A = [self.lora_A[part] * self.scaling[part] for part in self.parts]
+            return lora_A[SHARED], self._fused_B(lora_B, {part: (0, self.scaling[part]) for part in self.parts})
+        A = [lora_A[part] * self.scaling[part] for part in self.parts]
         starts, at = {}, 0
         for part in self.parts:
             starts[part] = (at, 1.0)
             at += self.ranks[part]
-        return (A[0] if len(A) == 1 else torch.cat(A)), self._fused_B(starts)
+        return (A[0] if len(A) == 1 else torch.cat(A)), self._fused_B(lora_B, starts)
 
-    def _fused_B(self, places: dict[str, tuple[int, float]]) -> torch.Tensor:
+    def _fused_B(self, lora_B: Mapping[str, torch.Tensor], places: dict[str, tuple[int, float]]) -> torch.Tensor:
         rows = sum(segment.length for segment in self.layout.segments)
         if len(self.layout.parts) == 1:
             part = self.parts[0]
-            only: torch.Tensor = self.lora_B[part]
+            only = lora_B[part]
             return only if places[part][1] == 1.0 else only * places[part][1]
         width = max(start + self.ranks[part] for part, (start, _) in places.items())
         device = next(iter(self.lora_A.values())).device
         B = torch.zeros(rows, width, dtype=self.dtype, device=device)
-        for part, parameter in self.lora_B.items():
+        for part, matrix in lora_B.items():
             start, scale = places[part]
-            B[self.index(part), start : start + self.ranks[part]] = parameter if scale == 1.0 else parameter * scale
+            B[self.index(part), start : start + self.ranks[part]] = matrix if scale == 1.0 else matrix * scale
         return B
 
     def delta(self) -> torch.Tensor:
-        """This rank's piece of σ B A, float32 [out_l, in_l] (float64 for float64 parameters)."""
+        """This rank's piece of σ B A, or of σ (B A - B₀ A₀), float32 [out_l, in_l] (float64 for float64 parameters)."""
         wide = torch.promote_types(self.dtype, torch.float32)
         device = next(iter(self.lora_A.values())).device
         rows = sum(segment.length for segment in self.layout.segments)
         whole = torch.zeros(rows, self.layout.columns[1], dtype=wide, device=device)
         for part, lora_B in self.lora_B.items():
-            lora_A = self.lora_A[SHARED if self.shares_A else part]
+            key = SHARED if self.shares_A else part
+            product = lora_B.detach().to(wide) @ self.lora_A[key].detach().to(wide)
+            if self.config.decomposes:
+                product -= self.lora_B0.get_buffer(part).to(wide) @ self.lora_A0.get_buffer(key).to(wide)
             # σ after widening: in bfloat16 it would round A once more.
-            whole[self.index(part)] = lora_B.detach().to(wide) @ lora_A.detach().to(wide) * self.scaling[part]
+            whole[self.index(part)] = product * self.scaling[part]
         return whole
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "LinearAdapter":
@@ -222,52 +294,3 @@ def _starts(layout: LinearLayout) -> dict[str, int]:
         starts[part] = at
         at += rows
     return starts
-
-
-class AdapterBank(torch.nn.Module):
-    """The named adapters below one linear, and which of them its forward adds.
-
-    It is no part of the model's ``state_dict``: a base checkpoint has the same keys with and without adapters, and
-    :mod:`mlora.checkpoint` saves the adapters. A state dict that does bring keys for it has them reported as unexpected.
-
-    Attributes:
-        adapters: by name.
-        active: the name of the adapter that forward adds; None for none.
-        merged: the name of the adapter that is in the base weight now; None for none.
-        weight_before_merge: the base weight without it, on the host.
-        scale_of_merge: DoRA's factor of each row in that merge.
-        packed: the fused way's buffers (:mod:`mlora.packed`); None on the other ways.
-    """
-
-    def __init__(self, layout: LinearLayout) -> None:
-        super().__init__()
-        self.layout = layout
-        self.adapters = torch.nn.ModuleDict()
-        self.active: str | None = None
-        self.merged: str | None = None
-        self.weight_before_merge: torch.Tensor | None = None
-        self.scale_of_merge: torch.Tensor | None = None
-        self.packed: Any = None
-
-    def adapter(self, name: str) -> LinearAdapter | None:
-        """The adapter ``name`` on this linear, if it targets it."""
-        found = self.adapters[name] if name in self.adapters else None  # noqa: SIM401 (no ModuleDict.get in older torch)
-        return found if isinstance(found, LinearAdapter) else None
-
-    def current(self) -> LinearAdapter | None:
-        """The adapter to add in forward."""
-        if self.active is None or self.merged is not None:
-            return None
-        return self.adapter(self.active)
-
-    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Nothing: see the class."""
-        return {} if destination is None else destination
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        unexpected = args[3]
-        unexpected.extend(key for key in state_dict if key.startswith(prefix))
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: adapters are loaded by :mod:`mlora.checkpoint`."""
-        raise RuntimeError("an adapter bank has no state dict; load adapters with mlora.load_adapter()")

@@ -10,8 +10,10 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.mlp import MLP
 
-from mlora.adapter import AdapterBank, Factor, LinearAdapter
+from mlora.adapter import Factor, LinearAdapter
+from mlora.bank import AdapterBank
 from mlora.config import LoraConfig
+from mlora.decomposition import check_started, start_from_weight
 from mlora.dora import reset_magnitudes
 from mlora.families import Family
 from mlora.local import LocalLora
@@ -51,12 +53,24 @@ def factors(
     Raises:
         ValueError: no linear on any stage has an adapter of this name.
     """
+    for adapter in linear_adapters(model, adapter_name):
+        yield from adapter.factors()
+
+
+def linear_adapters(
+    model: torch.nn.Module | Sequence[torch.nn.Module], adapter_name: str = DEFAULT_ADAPTER
+) -> Iterator[LinearAdapter]:
+    """One adapter on every linear of this rank that it targets.
+
+    Raises:
+        ValueError: no linear on any stage has an adapter of this name.
+    """
     found = list(banks(model))
     check_adapter_exists(found, adapter_name)
     for bank in found:
         adapter = bank.adapter(adapter_name)
         if adapter is not None:
-            yield from adapter.factors()
+            yield adapter
 
 
 def check_adapter_exists(found: Sequence[AdapterBank], adapter_name: str) -> None:
@@ -79,7 +93,7 @@ def apply(
 
     Args:
         model: this rank's chunks: one, or one for each virtual pipeline stage.
-        config: what to adapt. DoRA starts from the base weights, which must be in place.
+        config: what to adapt. DoRA, and the inits that decompose, start from the base weights, which must be in place.
         adapter_name: of the new adapter.
         family: whose Hugging Face names the linears have (``Pretrained.family``); None for Llama's names.
 
@@ -88,8 +102,8 @@ def apply(
 
     Raises:
         ValueError: the name is taken or no identifier; a target, pattern or layer matches nothing on any stage (the message
-            lists what exists); a linear is none of the family's; a targeted linear is of a kind that cannot be adapted; the
-            model is in Megatron's DDP already.
+            lists what exists); a linear is none of the family's; a targeted linear is of a kind that cannot be adapted, or its
+            weight cannot be decomposed; the model is in Megatron's DDP already.
 
     Every error is raised on every rank alike, before anything in the model has changed.
     """
@@ -104,6 +118,10 @@ def apply(
     if adapter_name in existing:
         raise ValueError(f"there is an adapter {adapter_name!r} already")
     adapters = together(lambda: _make(chunks, linears, targets, config))
+    if config.decomposes:
+        for module, adapter in adapters:
+            start_from_weight(adapter, module.weight)  # type: ignore[arg-type]
+        together(lambda: check_started(adapter for _, adapter in adapters))
     if config.use_dora:
         for module, adapter in adapters:
             reset_magnitudes(adapter, module.weight)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +27,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-from mlora.adapter import LinearAdapter
-from mlora.attach import DEFAULT_ADAPTER, banks, factors
+from mlora.adapter import Factor, LinearAdapter
+from mlora.attach import DEFAULT_ADAPTER, banks, linear_adapters
 from mlora.config import LoraConfig
 from mlora.folder import complete, make_empty, remove
 from parallel.optimizer import check_settings, saveable
@@ -61,7 +61,7 @@ class Training:
 
 
 def adapter_sharded_state(model: Model, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, ShardedTensor]:
-    """The adapter's parameters on this rank as Megatron's ``ShardedTensor``s, by global name."""
+    """The adapter's parameters and what it keeps of its start on this rank, as Megatron's ``ShardedTensor``s by global name."""
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     return {
@@ -75,8 +75,14 @@ def adapter_sharded_state(model: Model, adapter_name: str = DEFAULT_ADAPTER) -> 
             axis_fragmentations=None,  # The pieces may differ in size: query groups need not divide by the ranks.
             replica_id=(0, tensor_rank if factor.replicated else 0, data_rank),
         )
-        for factor in factors(model, adapter_name)
+        for factor in _saved(model, adapter_name)
     }
+
+
+def _saved(model: Model, adapter_name: str) -> Iterator[Factor]:
+    for adapter in linear_adapters(model, adapter_name):
+        yield from adapter.factors()
+        yield from adapter.start()
 
 
 def adapter_config(model: Model, adapter_name: str = DEFAULT_ADAPTER) -> LoraConfig:
@@ -177,7 +183,7 @@ def load_checkpoint(
     if training:
         together(lambda: check_settings(training.optimizer, training.scheduler, loaded))
     with torch.no_grad():
-        for factor in factors(model, adapter_name):
+        for factor in _saved(model, adapter_name):
             factor.parameter.copy_(weights[PREFIX + factor.name])
     if not training:
         return {}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+_INITS = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d+)?")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 # PEFT's fields that mlora has no use for -> the values under which they change nothing. Another value is refused.
@@ -65,7 +66,10 @@ class LoraConfig:
         rank_pattern, alpha_pattern: regular expression on the end of a path -> rank or alpha of the modules that it matches.
         layers_to_transform: only these layer indices (over the whole model); with a list of target modules.
         layers_pattern: names of the module lists that ``layers_to_transform`` counts in, such as "layers".
-        init_lora_weights: True (A Kaiming uniform, B zero), "gaussian" (A normal with std 1/r, B zero) or False (both random).
+        init_lora_weights: True (A Kaiming uniform, B zero), "gaussian" (A normal with std 1/r, B zero), False (both random),
+            "orthogonal" (both random, of an even rank, with B A = 0); or parts of the base weight, see :attr:`decomposes`:
+            "pissa" (Meng et al. 2024: its r greatest singular values and vectors), "pissa_niter_N" (the same from N power
+            iterations, which is faster) or "olora" (Büyükakyüz 2024: the first r columns and rows of its QR decomposition).
         bias: "none": base biases stay frozen.
         shared_A: one A for all projections of a fused linear (q, k, v; gate, up) in place of one each. Where Hugging Face's
             module is fused too (Phi 3's ``qkv_proj``), it is so in any case.
@@ -98,10 +102,10 @@ class LoraConfig:
         self._set("layers_to_transform", _layers(self.layers_to_transform))
         if isinstance(self.adapter_dtype, str):
             self._set("adapter_dtype", _DTYPES.get(self.adapter_dtype, self.adapter_dtype))
-        for name, word in (("target_modules", "all-linear"), ("init_lora_weights", "gaussian")):
+        for name, words in (("target_modules", {"all-linear"}), ("init_lora_weights", {"gaussian", "olora"})):
             value = getattr(self, name)
-            if isinstance(value, str) and value.lower() == word:  # PEFT ignores the case of these two
-                self._set(name, word)
+            if isinstance(value, str) and value.lower() in words:  # PEFT ignores the case of these
+                self._set(name, value.lower())
         self._check_numbers()
         self._check_choices()
         self._check_names()
@@ -133,12 +137,27 @@ class LoraConfig:
         for name in ("use_rslora", "use_dora", "shared_A"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
-            raise ValueError(f'init_lora_weights is {self.init_lora_weights!r}; it can be true, false or "gaussian"')
+        self._check_init()
         if self.bias != "none":
             raise ValueError(f'bias is {self.bias!r}; only "none" is supported: base biases stay frozen')
         if self.adapter_dtype is not None and self.adapter_dtype not in _DTYPES.values():
             raise ValueError(f"adapter_dtype is {self.adapter_dtype!r}; it can be one of {', '.join(_DTYPES)}, or null")
+
+    def _check_init(self) -> None:
+        init = self.init_lora_weights
+        if not isinstance(init, bool) and not (isinstance(init, str) and _INITS.fullmatch(init)):
+            raise ValueError(
+                f'init_lora_weights is {init!r}; it can be true, false, "gaussian", "orthogonal", "olora", "pissa" or '
+                f'"pissa_niter_N" with a number N'
+            )
+        odd = [rank for rank in (self.r, *self.rank_pattern.values()) if rank % 2]
+        if init == "orthogonal" and odd:
+            raise ValueError(f'init_lora_weights is "orthogonal" with rank {odd[0]}; it needs ranks that are even')
+        if self.decomposes and self.lora_dropout > 0:
+            raise ValueError(
+                f"init_lora_weights is {init!r} with a lora_dropout of {self.lora_dropout}, which would drop parts of the base "
+                f"weight; set lora_dropout to 0"
+            )
 
     def _check_names(self) -> None:
         if not self.target_modules:
@@ -156,6 +175,14 @@ class LoraConfig:
                 f"layers_to_transform is {self.layers_to_transform!r} beside the regular expression {self.target_modules!r}; "
                 "name the layers in the expression, or give target_modules as a list"
             )
+
+    @property
+    def decomposes(self) -> bool:
+        """A and B start as A₀ and B₀, parts of the base weight, and what is added to it is ``scaling · (B A - B₀ A₀)``.
+
+        Papers and PEFT subtract ``scaling · B₀ A₀`` from the weight; here it stays as it is, and the term has twice the rank.
+        """
+        return decomposes(self.init_lora_weights)
 
     def scaling(self, rank: int, alpha: float) -> float:
         """The factor of the low-rank product for a module of this rank and alpha."""
@@ -215,6 +242,11 @@ class LoraConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected a JSON object with the fields of a LoraConfig, got {values!r:.60}")
         return cls.from_dict(values, source=str(path))
+
+
+def decomposes(init: object) -> bool:
+    """Whether an adapter with this ``init_lora_weights`` starts as a part of the base weight."""
+    return isinstance(init, str) and init.startswith(("pissa", "olora"))
 
 
 def _near(key: str, known: set[str]) -> str:

@@ -28,8 +28,8 @@ _ROWS = 4096  # of a weight that are widened at a time
 def row_norms(adapter: LinearAdapter, weight: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
     """n of this rank's rows, float64 [out_l], from its piece of the base weight [out_l, in_l].
 
-    ``‖W + B A‖² = ‖W‖² + B · (2 W Aᵀ + B A Aᵀ)``, σ being in A or B, needs no matrix of W's size. A collective of the linear's group if
-    its ranks hold different columns. Sums of squares are float64, so that their order, which depends on the layout, is not seen.
+    ``‖W + B A‖² = ‖W‖² + B · (2 W Aᵀ + B A Aᵀ)``, σ being in A or B, needs no matrix of W's size. A collective of the group if its
+    ranks hold different columns. Sums of squares are float64, so that their order, which depends on the layout, is not seen.
 
     Args:
         wide: dtype of what is computed of A and B.

@@ -95,6 +95,10 @@ def peft_tensors(
             raise ValueError(
                 f"the adapter has DoRA's magnitudes ({key}), which not every reader knows: use the peft profile"
             )
+        if key.endswith(("lora_A0", "lora_B0")):
+            raise ValueError(
+                f"the adapter keeps its start ({key}): use mlora.conversion, which exports what it has become"
+            )
     _check_keys(shapes, projections)
     rank = max(projection.rank for projection in projections)
     modules = _by_hf_module(projections)

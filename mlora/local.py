@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from mlora.adapter import AdapterBank, LinearAdapter
+from mlora.adapter import LinearAdapter
+from mlora.bank import AdapterBank
 from mlora.dora import DoraLinear, Rescale, scales
 from mlora.linear import Geometry, LoraLinear
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from mlora.adapter import AdapterBank, LinearAdapter
+from mlora.adapter import LinearAdapter
 from mlora.attach import DEFAULT_ADAPTER, banks, check_adapter_exists, freeze_all_but
+from mlora.bank import AdapterBank
 from mlora.dora import scales
 from parallel.stages import as_chunks, union_over_stages
 

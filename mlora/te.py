@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from mlora.adapter import AdapterBank, LinearAdapter
+from mlora.adapter import LinearAdapter
+from mlora.bank import AdapterBank
 from mlora.branch import LoraBranch
 from mlora.dora import Rescale, scales
 from mlora.linear import Geometry
@@ -38,6 +39,7 @@ _RULES: list[_Rule] = [
     (lambda m, a: getattr(m, "normalization", "RMSNorm") == "RMSNorm", "the norm in front is a layer norm"),
     (lambda m, a: len(set(a.scaling.values())) == 1 or not a.shares_A, "one A has several scalings"),
     (lambda m, a: not a.uses_dora, "the adapter is DoRA"),
+    (lambda m, a: not a.config.decomposes, "the adapter starts as a part of the weight"),
 ]
 
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from mlora.adapter import Factor
-from mlora.attach import factors
+from mlora.attach import factors, linear_adapters
 from mlora.dropout import MicroBatch, set_micro_batch
 from parallel import shards
 from parallel.layout import read_layout
@@ -131,8 +131,9 @@ def _fill(chunk: GPTModel) -> None:
 
 @torch.no_grad()
 def fill_adapter(chunks: Sequence[torch.nn.Module], adapter_name: str = "default") -> None:
-    """Give an adapter's factors, B too, values that depend on nothing but their global names."""
-    for factor in factors(chunks, adapter_name):
+    """Give an adapter's factors, B too, and its start values that depend on nothing but their global names."""
+    adapters = linear_adapters(chunks, adapter_name)
+    for factor in (factor for adapter in adapters for factor in (*adapter.factors(), *adapter.start())):
         factor.parameter.copy_(piece(values(f"{adapter_name} {factor.name}", *factor.shape), factor))
 
 

@@ -42,7 +42,8 @@ def _trained_config(request: Request) -> dict[str, Any]:
     config = LoraConfig.from_dict(request.state.config, str(request.state.source))
     modules = {module.name: (module.rank, _alpha_of(module, config, request.state)) for module in request.state.modules}
     trained = {
-        "use_rslora": config.use_rslora,
+        # The term of an adapter that started as a part of the base weight has twice the rank that it was configured with.
+        "use_rslora": config.use_rslora and not config.decomposes,
         "use_dora": config.use_dora,
         "lora_dropout": config.lora_dropout,
     }
@@ -50,6 +51,8 @@ def _trained_config(request: Request) -> dict[str, Any]:
 
 
 def _alpha_of(module: AdapterModule, config: LoraConfig, state: AdapterState) -> float:
+    if config.decomposes:
+        return module.scaling * module.rank
     for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
         if config.scaling(module.rank, alpha) == module.scaling:
             return alpha

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from mlora.adapter import SHARED
 from mlora.checkpoint import CONFIG_FILE, INFO_FILE, PREFIX, checkpoints, latest_checkpoint, read_info
+from mlora.config import decomposes
 from mlora.conversion.peft_config import read_config
 from mlora.conversion.state import AdapterModule, AdapterState, LazyTensor, Report, joined, natural_order
 from parallel.storage import Reader
@@ -36,12 +38,13 @@ def open_native(path: Path, report: Report) -> AdapterState:
         for key, place in reader.tensors(PREFIX).items()
     }
     config = read_config(checkpoint / CONFIG_FILE)
-    uses_dora = bool(config.get("use_dora"))
+    uses_dora, has_start = bool(config.get("use_dora")), decomposes(config.get("init_lora_weights"))
     modules, used = [], set()
     for name, parts in _by_hf_module(_projections(info, checkpoint / INFO_FILE)).items():
         keys = [_keys(tensors, part, uses_dora) for part in parts]
-        used |= {key for part in keys for key in part}
-        if missing := [key for part in keys for key in part if key not in tensors]:
+        starts = [_start_keys(part) for part in keys] if has_start else []
+        used |= {key for part in (*keys, *starts) for key in part}
+        if missing := [key for part in (*keys, *starts) for key in part if key not in tensors]:
             report(f"{checkpoint} lacks {missing[0]}")
             continue
         As, Bs, *magnitudes = ([tensors[key] for key in same] for same in zip(*keys, strict=True))
@@ -50,7 +53,18 @@ def open_native(path: Path, report: Report) -> AdapterState:
             continue
         rank, scaling = parts[0]["rank"], parts[0]["scaling"]
         magnitude = joined(magnitudes[0]) if magnitudes else None
-        modules.append(AdapterModule(name, rank, scaling, As[0], joined(Bs), magnitude))
+        module = AdapterModule(name, rank, scaling, As[0], joined(Bs), magnitude)
+        if starts:
+            start = AdapterModule(
+                name, rank, scaling, tensors[starts[0][0]], joined([tensors[key] for _, key in starts])
+            )
+            if (shape := start.weight_shape) != module.weight_shape or start.A.shape != module.A.shape:
+                report(
+                    f"{checkpoint}: {start.A.key} and {start.B.key} are for {list(shape)}, not {list(module.weight_shape)}"
+                )
+                continue
+            module = _without_start(module, start)
+        modules.append(module)
     for key in sorted(tensors.keys() - used):
         report(f"{checkpoint} holds {key}, which no projection of its {INFO_FILE} accounts for")
     return AdapterState(
@@ -115,6 +129,22 @@ def _keys(tensors: Mapping[str, LazyTensor], projection: Mapping[str, Any], uses
     shared = f"{module}.{SHARED}.lora_A"
     A = shared if shared in tensors else f"{module}.{part}.lora_A"
     return A, f"{module}.{part}.lora_B", *((f"{module}.{part}.lora_magnitude_vector",) if uses_dora else ())
+
+
+def _start_keys(keys: Sequence[str]) -> tuple[str, str]:
+    """Of A₀ and B₀, from those of A and B."""
+    return f"{keys[0]}0", f"{keys[1]}0"
+
+
+def _without_start(module: AdapterModule, start: AdapterModule) -> AdapterModule:
+    """``B A - B₀ A₀`` as one term of twice the rank, ``[B, -B₀] [A; A₀]``."""
+    B, B0 = module.B, start.B
+
+    def beside() -> torch.Tensor:
+        return torch.cat([B.load(), -B0.load()], dim=1)
+
+    both = LazyTensor(f"{B.key} - {B0.key}", B.file, (B.shape[0], 2 * B.shape[1]), B.dtype, beside)
+    return replace(module, rank=2 * module.rank, A=joined([module.A, start.A]), B=both)
 
 
 def _layout(info: Mapping[str, Any]) -> str:

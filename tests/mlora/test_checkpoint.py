@@ -12,7 +12,7 @@ import torch
 
 import mlora
 from mlora import LoraConfig
-from mlora.attach import factors
+from mlora.attach import factors, linear_adapters
 from mlora.checkpoint import PREFIX, checkpoints, latest_checkpoint, load_checkpoint, read_info, save_checkpoint
 from mlora.conversion import open_adapter
 from mlora.conversion.peft_writer import write_peft
@@ -43,6 +43,7 @@ ADAPTERS = {
     "middle": LoraConfig(r=1, target_modules=["o_proj", "up_proj"], layers_to_transform=[1, 2]),
     "last": LoraConfig(r=2, target_modules=["model.layers.3.mlp.down_proj"]),
     "dora": LoraConfig(r=2, target_modules=["k_proj", "o_proj"], use_dora=True),
+    "start": LoraConfig(r=2, target_modules=["k_proj", "down_proj"], use_rslora=True, init_lora_weights="pissa"),
 }
 
 
@@ -104,8 +105,8 @@ def test_every_layout_exports_the_same_bytes(saved: dict[str, Path], tmp_path: P
         for layout, folder in saved.items():
             output = tmp_path / f"{name}-{layout}"
             checkpoint = latest_checkpoint(folder / name)
-            if ADAPTERS[name].use_dora:
-                with pytest.raises(ValueError, match="has DoRA's magnitudes"):
+            if name in ("dora", "start"):
+                with pytest.raises(ValueError, match=r"has DoRA's magnitudes|keeps its start"):
                     export_peft(checkpoint, output)
                 write_peft(peft_adapter(open_adapter(checkpoint), "peft"), output)
             else:
@@ -119,10 +120,11 @@ def _load_all(rank: int, sizes: ParallelSizes, folders: dict[str, list[Path]]) -
     chunks, wrong = _model(sizes), []
     for name, sources in folders.items():
         for source in sources:
-            for factor in factors(chunks, name):
+            held = [f for adapter in linear_adapters(chunks, name) for f in (*adapter.factors(), *adapter.start())]
+            for factor in held:
                 factor.parameter.data.fill_(7)
             load_checkpoint(source, chunks, adapter_name=name)
-            for factor in factors(chunks, name):
+            for factor in held:
                 expected = gpt.piece(_whole(name, factor.name, factor.shape, factor.parameter.dtype), factor)
                 if not torch.equal(factor.parameter, expected):
                     wrong.append(f"{factor.name} of {name} from {source}")

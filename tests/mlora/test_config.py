@@ -60,7 +60,13 @@ WRONG: list[tuple[str, Any, str]] = [
     ("layers_to_transform", True, "layers_to_transform is True"),
     ("layers_pattern", "layers", "layers_pattern is 'layers' without layers_to_transform; give both or neither"),
     ("layers_pattern", ["("], "layers_pattern: '(' is no regular expression"),
-    ("init_lora_weights", "pissa", "init_lora_weights is 'pissa'; it can be true, false or \"gaussian\""),
+    (
+        "init_lora_weights",
+        "eva",
+        'init_lora_weights is \'eva\'; it can be true, false, "gaussian", "orthogonal", "olora",',
+    ),
+    ("init_lora_weights", "pissa_niter_", "init_lora_weights is 'pissa_niter_'; it can be"),
+    ("init_lora_weights", "pissa_niter_4.5", "init_lora_weights is 'pissa_niter_4.5'; it can be"),
     ("init_lora_weights", 1, "init_lora_weights is 1"),
     ("init_lora_weights", None, "init_lora_weights is None"),
     ("bias", "all", "bias is 'all'; only \"none\" is supported"),
@@ -83,6 +89,30 @@ def test_a_wrong_value_is_named_with_its_field_and_the_fix(name: str, value: Any
 
 def test_every_field_has_a_wrong_value_above() -> None:
     assert {name for name, _, _ in WRONG} == {field.name for field in fields(LoraConfig)}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"init_lora_weights": "orthogonal", "r": 5}, '"orthogonal" with rank 5; it needs ranks that are even'),
+        ({"init_lora_weights": "orthogonal", "rank_pattern": {"q_proj": 3}}, '"orthogonal" with rank 3'),
+        (
+            {"init_lora_weights": "pissa", "lora_dropout": 0.1},
+            "'pissa' with a lora_dropout of 0.1, which would drop parts",
+        ),
+        ({"init_lora_weights": "OLoRA", "lora_dropout": 0.1}, "'olora' with a lora_dropout of 0.1"),
+    ],
+)
+def test_inits_refuse_what_does_not_go_with_them(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        LoraConfig(**values)
+    assert str(error.value).startswith(f"init_lora_weights is {message}")
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_0", "pissa_niter_16", "olora", "Olora"])
+def test_inits_that_are_parts_of_the_weight(init: str) -> None:
+    assert LoraConfig(init_lora_weights=init).decomposes
+    assert not any(LoraConfig(init_lora_weights=other).decomposes for other in (True, False, "gaussian", "orthogonal"))
 
 
 def test_a_layer_filter_beside_a_regular_expression_is_refused_as_by_peft() -> None:
@@ -163,6 +193,8 @@ PEFT_CASES: list[dict[str, Any]] = [
     {"target_modules": "all-linear", "r": 3, "lora_alpha": 24, "lora_dropout": 0.1, "task_type": "CAUSAL_LM"},
     {"target_modules": r".*\.q_proj", "exclude_modules": ["lm_head"], "use_rslora": True, "init_lora_weights": "gaussian"},
     {"target_modules": ["q_proj"], "layers_to_transform": 3, "layers_pattern": "layers", "init_lora_weights": False},
+    {"target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_4"},
+    {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
     {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q": 0.5}},
     {"target_modules": ["q_proj"], "use_dora": True, "rank_pattern": None, "alpha_pattern": None, "layers_to_transform": None},
 ]  # fmt: skip
@@ -212,7 +244,7 @@ UNSUPPORTED: list[tuple[str, Any, str]] = [
     ("eva_config", {"rho": 2.0}, "eva_config = {'rho': 2.0} is not supported"),
     ("use_qalora", True, "use_qalora = True is not supported"),
     ("ensure_weight_tying", True, "ensure_weight_tying = True is not supported"),
-    ("init_lora_weights", "pissa_niter_4", "init_lora_weights is 'pissa_niter_4'; it can be"),
+    ("init_lora_weights", "corda", "init_lora_weights is 'corda'; it can be"),
     ("bias", "lora_only", "bias is 'lora_only'; only \"none\""),
     ("target_modules", None, "target_modules is null, by which PEFT means a choice that depends on the architecture"),
     ("peft_type", "LOHA", "peft_type is 'LOHA'; only LORA is supported"),

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import mlora
-from mlora.attach import factors
+from mlora.attach import linear_adapters
 from mlora.config import LoraConfig
 from mlora.initial import draw
 from parallel.sizes import ParallelSizes
+from tests.gpt import place
 from tests.mlora.test_linear import FC1, PROJ, QKV, Case, build
 from tests.philox import words
 from tests.ranks import run_ranks
@@ -102,25 +103,45 @@ def test_the_bits_are_those_of_philox_under_the_name() -> None:
     assert normal.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def pieces(rank: int, sizes: ParallelSizes, kind: bool | str) -> list[tuple[str, tuple[int, int], torch.Tensor]]:
-    """(name, offset, piece) of the adapter's parameters as ``apply`` draws them on this rank."""
+def test_orthogonal_matrices_have_pefts_size_and_no_product() -> None:
+    mine = {factor: ours("orthogonal", factor, f"x.lora_{factor}") for factor in "AB"}
+    # Each element is a sum of r/2 products of a normal number with one of a row of an orthogonal matrix, over 10.
+    for factor, matrix in mine.items():
+        theirs, spread = pefts("orthogonal", factor), 1 / math.sqrt(matrix.numel())
+        assert matrix.shape == theirs.shape and matrix.dtype == theirs.dtype and matrix.std() > 0.05
+        assert float(matrix.std()) == pytest.approx(float(theirs.std()), rel=10 * spread)
+        assert torch.linalg.matrix_rank(matrix) == torch.linalg.matrix_rank(theirs) == RANK // 2
+    assert (mine["B"] @ mine["A"]).abs().max() < 1e-5 * mine["B"].norm() * mine["A"].norm()
+    assert (mine["B"] @ ours("orthogonal", "A", "y.lora_A")).norm() < 1e-5 * mine["B"].norm() * mine["A"].norm()
+    other = draw(0, "x.lora_A", "orthogonal", "A", RANK, INPUTS, RANK, "another module")
+    assert (mine["B"] @ other).abs().max() > 1e-2
+
+
+Piece = tuple[str, tuple[int, ...], torch.Tensor]
+
+
+def pieces(rank: int, sizes: ParallelSizes, kind: bool | str) -> list[Piece]:
+    """(name, offset, piece) of the adapter's parameters and of the start that it keeps, as ``apply`` makes them on this rank."""
     found = []
     for name in (QKV, PROJ, FC1):
         model, _, _ = build(Case(name), sizes)
-        mlora.apply([model], LoraConfig(r=5, init_lora_weights=kind, seed=3), "drawn")
-        found += [(f.name, f.offset, f.parameter.detach().clone()) for f in factors([model], "drawn")]
+        mlora.apply([model], LoraConfig(r=4, init_lora_weights=kind, use_dora=True, seed=3), "drawn")
+        (adapter,) = linear_adapters([model], "drawn")
+        found += [(f.name, f.offset, f.parameter.detach().clone()) for f in (*adapter.factors(), *adapter.start())]
     return found
 
 
-@pytest.mark.parametrize("kind", [True, "gaussian", False])
+@pytest.mark.parametrize("kind", [True, "gaussian", False, "orthogonal", "pissa", "pissa_niter_2", "olora"])
 def test_every_layout_draws_the_same_adapter(kind: bool | str) -> None:
     (whole,) = run_ranks(1, pieces, ParallelSizes(), kind)
     reference = {name: tensor for name, _, tensor in whole}
-    assert any(tensor.any() for name, tensor in reference.items() if name.endswith("lora_B")) == (kind is False)
+    drawn = [tensor for name, tensor in reference.items() if name.endswith("lora_B")]
+    assert all(bool(tensor.any()) == (kind not in (True, "gaussian")) for tensor in drawn)
     for size, sequence_parallel in ((2, True), (3, False)):
         sizes = ParallelSizes(tensor=size, sequence_parallel=sequence_parallel)
         for rank in run_ranks(size, pieces, sizes, kind, sizes=sizes):
             assert {name for name, _, _ in rank} == set(reference)
-            for name, (row, column), piece in rank:
-                rows, columns = piece.shape
-                assert torch.equal(reference[name][row : row + rows, column : column + columns], piece), name
+            for name, offset, piece in rank:
+                # Lengths are sums over ranks, here in the float64 that the parameters have.
+                limit = 1e-14 if name.endswith("magnitude_vector") else 0
+                torch.testing.assert_close(piece, reference[name][place(offset, piece)], rtol=limit, atol=0, msg=name)

@@ -16,7 +16,8 @@ from megatron.core.transformer import TransformerConfig
 import mlora
 from mlora import LoraConfig, linear
 from mlora.adapter import SHARED
-from mlora.attach import banks, factors
+from mlora.attach import banks, factors, linear_adapters
+from mlora.config import decomposes
 from mlora.dropout import Dropout, MicroBatch, set_micro_batch
 from parallel import collectives, shards
 from parallel.layout import LinearLayout, read_layout
@@ -44,6 +45,7 @@ class Case:
     targets: Any = "all-linear"
     rank_pattern: Any = None
     dora: bool = False
+    init: Any = True
 
 
 QKV, PROJ, FC1, FC2 = "self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"
@@ -145,12 +147,14 @@ def build(case: Case, sizes: ParallelSizes) -> tuple[torch.nn.Module, torch.nn.M
         rank_pattern=case.rank_pattern or {},
         shared_A=case.shared_A,
         use_dora=case.dora,
+        init_lora_weights=case.init,
         seed=SEED,
     )
     mlora.apply([model], lora)
     with torch.no_grad():
-        for factor in factors([model]):
-            factor.parameter.copy_(piece(random(factor.name, *factor.shape), factor))
+        for adapter in linear_adapters([model]):
+            for factor in (*adapter.factors(), *adapter.start()):
+                factor.parameter.copy_(piece(random(factor.name, *factor.shape), factor))
     return model, module, layout
 
 
@@ -185,7 +189,12 @@ def unsharded(case: Case, layout: LinearLayout) -> Unsharded:
             if key not in A:
                 A[key] = random(f"{case.name}.{key}.lora_A", ranks[part], n_in).requires_grad_()
             B[part] = random(f"{case.name}.{part}.lora_B", rows, ranks[part]).requires_grad_()
-            delta = 3 / ranks[part] * B[part] @ A[key]
+            product = B[part] @ A[key]
+            if decomposes(case.init):
+                A0 = random(f"{case.name}.{key}.lora_A0", *A[key].shape)
+                B0 = random(f"{case.name}.{part}.lora_B0", *B[part].shape)
+                product = product - B0 @ A0
+            delta = 3 / ranks[part] * product
             if case.dora:
                 m[part] = random(f"{case.name}.{part}.lora_magnitude_vector", rows).requires_grad_()
                 weight = random(f"W{part}", rows, n_in)

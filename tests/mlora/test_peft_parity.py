@@ -28,12 +28,14 @@ CASES = {
     "gemma3": Case(kind="gemma3", lora=LoraConfig(**LORA), packed=True, steps=3),
     "olmo2": Case(kind="olmo2", lora=LoraConfig(**LORA), steps=3),
     "dora": Case(kind="qwen2", lora=LoraConfig(**LORA, use_dora=True)),
+    # One A for each of Phi 3's fused modules, and the singular vectors of all its rows.
+    "pissa": Case(kind="phi3", lora=LoraConfig(r=5, lora_alpha=5, init_lora_weights="pissa")),
     # Rows of several samples, of which PEFT sees each alone; the rope's scaling depends on no absolute place either.
     "packed": Case(kind="llama3.1", lora=LoraConfig(**LORA), packed=True),
     "dropout": Case(kind="qwen2-tied", lora=LoraConfig(**LORA, lora_dropout=0.2, seed=3)),
 }
 # Case -> the profile that it is exported in.
-EXPORTED = {"qwen3": "portable", "dora": "peft"}
+EXPORTED = {"qwen3": "portable", "dora": "peft", "pissa": "portable"}
 Shares = Callable[[str], tuple[list[dict[str, Share]], Path]]
 
 

@@ -44,6 +44,8 @@ CASES = {
     "DoRA of q and v, shared A": Case(
         lora=LoraConfig(**LORA, use_dora=True, shared_A=True, target_modules=["q_proj", "v_proj", "down_proj"])
     ),
+    "PiSSA, rsLoRA": Case(lora=LoraConfig(r=4, lora_alpha=3, use_rslora=True, init_lora_weights="pissa")),
+    "OLoRA, DoRA": Case(lora=LoraConfig(r=4, lora_alpha=4, use_dora=True, init_lora_weights="olora")),
     "no clipping": Case(lora=LoraConfig(**LORA), settings={"clip_grad": 0.0, "weight_decay": 0.0}),
     "no warm-up": Case(lora=LoraConfig(**LORA), settings={"warmup_iters": 0, "decay_iters": 5}),
 }

@@ -38,9 +38,8 @@ SETTINGS = {
 }
 EVERYTHING = LoraConfig(r=5, lora_alpha=10, lora_dropout=0.2, rank_pattern={"v_proj": 3}, use_dora=True)
 FIRST_STAGE = LoraConfig(r=2, layers_to_transform=[0, 1], lora_dropout=0.1)  # PP 2: the second stage trains nothing
-ONE_MATRIX = LoraConfig(
-    r=1, target_modules=["model.layers.0.self_attn.o_proj"]
-)  # smaller than what feeds every DP rank
+# Smaller than what feeds every DP rank.
+ONE_MATRIX = LoraConfig(r=1, target_modules=["model.layers.0.self_attn.o_proj"], init_lora_weights="pissa")
 
 
 @dataclass(frozen=True)

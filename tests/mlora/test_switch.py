@@ -11,6 +11,7 @@ import mlora
 from mlora import LoraConfig
 from mlora.adapter import LinearAdapter
 from mlora.attach import banks
+from mlora.bank import AdapterBank
 from parallel.sizes import ParallelSizes
 from parallel.stages import named_modules
 from tests import gpt
@@ -21,7 +22,13 @@ PP2, VPP2 = ParallelSizes(pipeline=2), ParallelSizes(pipeline=2, virtual_pipelin
 LAYOUTS = [(1, ONE), (2, TP2), (2, SP2), (4, ParallelSizes(tensor=4))]
 WIDE = LoraConfig(r=5, lora_alpha=7, rank_pattern={"k_proj": 2})
 NARROW = LoraConfig(
-    r=2, lora_alpha=3, target_modules=["v_proj", "linear_fc2"], layers_to_transform=[0, 1], shared_A=True, use_dora=True
+    r=2,
+    lora_alpha=3,
+    target_modules=["v_proj", "linear_fc2"],
+    layers_to_transform=[0, 1],
+    shared_A=True,
+    use_dora=True,
+    init_lora_weights="olora",
 )
 
 
@@ -189,7 +196,7 @@ def merged_weights(
     before = weights(chunks)
     expected = {}
     for name, module in named_modules(chunks[0]):
-        if isinstance(bank := getattr(module, "lora", None), mlora.adapter.AdapterBank):
+        if isinstance(bank := getattr(module, "lora", None), AdapterBank):
             held, layout = bank.adapters["default"], bank.layout
             assert isinstance(held, LinearAdapter)
             whole = module.weight.detach().to(torch.float64, copy=True)
