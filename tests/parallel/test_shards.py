@@ -1,12 +1,17 @@
 """Cutting parts into every rank's fused weight and joining them back gives the same parts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
+from megatron.core import parallel_state
 
 from parallel import shards
 from parallel.layout import LinearLayout
+from parallel.sizes import ParallelSizes
 from tests.parallel.layouts import Fused, any_linear, layouts
+from tests.ranks import run_ranks
 
 
 def matrices(layout: LinearLayout) -> dict[str, torch.Tensor]:
@@ -69,3 +74,25 @@ def test_a_slice_of_another_shape_is_refused() -> None:
     layout = layouts("ColumnParallelLinear", "linear_fc1", 8, 6, Fused(), 1)[0]
     with pytest.raises(RuntimeError):
         shards.cut(layout, lambda *_: torch.zeros(3, 6, dtype=torch.int64), torch.zeros(8, 6, dtype=torch.int64))
+
+
+def gathered(rank: int, linears: list[list[LinearLayout]]) -> list[dict[str, torch.Tensor]]:
+    """The parts of each linear as a rank gathers them."""
+    found = []
+    for ranks in linears:
+        layout = replace(ranks[rank], group=parallel_state.get_tensor_model_parallel_group())
+        piece = shard(layout, matrices(layout))
+        found.append({part: shards.gather(layout, piece, part, torch.float64) for part, _ in layout.parts})
+    return found
+
+
+def test_every_rank_gathers_the_parts() -> None:
+    linears = [
+        layouts("ColumnParallelLinear", "linear_qkv", 12, 6, Fused(4, 1, 2), 3),  # fewer query groups than ranks
+        layouts("ColumnParallelLinear", "linear_fc1", 12, 5, Fused(), 3),
+        layouts("RowParallelLinear", "linear_proj", 5, 6, Fused(), 3),
+    ]
+    for found in run_ranks(3, gathered, linears, sizes=ParallelSizes(tensor=3)):
+        for ranks, parts in zip(linears, found, strict=True):
+            for part, whole in matrices(ranks[0]).items():
+                assert torch.equal(parts[part], whole.double())
