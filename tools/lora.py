@@ -26,7 +26,10 @@ class Lora:
     lora_layers: Annotated[tuple[int, ...] | None, Help("adapt only these layers, counted from 0")] = None
     lora_use_rslora: Annotated[bool, Help("scaling alpha / sqrt(r)")] = False
     lora_use_dora: Annotated[bool, Help("DoRA: train the lengths of the adapted weight's rows too")] = False
-    lora_init: Annotated[Literal["true", "gaussian", "false"], Help("PEFT's init_lora_weights")] = "true"
+    lora_init: Annotated[
+        str,
+        Help("PEFT's init_lora_weights: true, false, gaussian, orthogonal, pissa, pissa_niter_N or olora", "INIT"),
+    ] = "true"
     lora_shared_a: Annotated[bool, Help("one lora_A for the projections that Megatron fuses (q, k, v; gate, up)")] = (
         False
     )

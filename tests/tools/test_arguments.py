@@ -204,6 +204,9 @@ def test_the_adapters_configuration() -> None:
     )
     assert lora("--lora-init", "false").init_lora_weights is False
     assert lora("--lora-init", "true").init_lora_weights is True
+    assert lora("--lora-init", "pissa_niter_16").init_lora_weights == "pissa_niter_16"
+    with pytest.raises(ValueError, match="init_lora_weights is 'eva'; it can be true, false,"):
+        lora("--lora-init", "eva")
 
 
 def test_one_word_that_is_no_name_is_a_regular_expression() -> None:
