@@ -48,6 +48,8 @@ def peft_adapter(
     """
     if profile not in PROFILES:
         raise ValueError(f"there is no profile {profile!r}; there is {', '.join(PROFILES)}")
+    if not state.modules and not state.full:
+        raise ValueError(f"{state.source} holds no adapter")
     native = state.format == "mlora"
     name = (
         read_info(state.source).get("base", {}).get("path") if native else state.config.get("base_model_name_or_path")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import re
 import resource
@@ -20,10 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import mlora
-from mlora import LoraConfig, export
+from mlora import LoraConfig
 from mlora.attach import factors
 from mlora.checkpoint import INFO_FILE, load_checkpoint, save_checkpoint
-from mlora.export import CONFIG_FILE, WEIGHTS_FILE, Projection, export_peft, peft_tensors
+from mlora.conversion import peft_writer
+from mlora.conversion.peft import WEIGHTS_FILE
+from mlora.conversion.peft_config import CONFIG_FILE
+from mlora.export import export_peft
 from mlora.model import build_model
 from mlora.pretrained import Pretrained
 from mlora.tensor_file import write_tensors
@@ -209,72 +211,6 @@ def test_files_keep_the_rules_of_every_reader(exported: dict[str, Exported], nam
     assert tensors.keys() == {f"{module}.lora_{factor}.weight" for module in modules for factor in "AB"}
 
 
-def _shapes(**ranks: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for part, rank in ranks.items():
-        found[f"m.{part}.lora_A"] = ((rank, 6), torch.float32)
-        found[f"m.{part}.lora_B"] = ((4, rank), torch.float32)
-    return found
-
-
-def _projection(part: str, rank: int, scaling: float) -> Projection:
-    return Projection("m", part, f"layers.0.{part}_proj", rank, scaling)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_padding_and_folding_keep_the_product(dtype: torch.dtype) -> None:
-    projections = [_projection("q", 3, 2 / 3), _projection("k", 5, 0.7), _projection("v", 1, 2 / 3)]
-    tensors, rank, alpha = peft_tensors(_shapes(q=3, k=5, v=1), projections, dtype=dtype)
-    assert rank == 5 and alpha / rank == 2 / 3
-    made = {tensor.name: tensor for tensor in tensors}
-    for projection in projections:
-        A, B = torch.randn(projection.rank, 6).to(dtype), torch.randn(4, projection.rank).to(dtype)
-        name = f"base_model.model.{projection.hf_name}"
-        new_A, new_B = made[f"{name}.lora_A.weight"].of(A), made[f"{name}.lora_B.weight"].of(B)
-        assert (new_A.shape, new_B.shape, new_A.dtype) == ((5, 6), (4, 5), dtype)
-        assert torch.equal(new_A[: projection.rank], A)
-        expected = projection.scaling * (B.double() @ A.double())
-        error = (alpha / rank * (new_B.double() @ new_A.double()) - expected).abs().max()
-        assert error < 4 * torch.finfo(dtype).eps * expected.abs().max()
-
-
-@pytest.mark.parametrize(
-    ("rank", "alpha"), [(r, a) for r in (1, 3, 7, 12, 64, 129) for a in (1, 2, 10, 16, 0.1, 1e-3, 32)]
-)
-def test_alpha_gives_the_scaling_back(rank: int, alpha: float) -> None:
-    for scaling in (alpha / rank, alpha / math.sqrt(rank)):
-        _, _, found = peft_tensors(_shapes(q=rank), [_projection("q", rank, scaling)])
-        assert found / rank == pytest.approx(scaling, rel=3e-16)
-        if scaling == alpha / rank and isinstance(alpha, int):
-            assert found == alpha and isinstance(found, int)
-
-
-def test_what_does_not_fit_is_named() -> None:
-    q, k = _projection("q", 2, 1.0), _projection("k", 2, 1.0)
-    shapes = _shapes(q=2, k=2)
-    one_A = {key: value for key, value in shapes.items() if not key.endswith("lora_A")} | {
-        "m.shared.lora_A": ((2, 6), torch.float32)
-    }
-    for given, projections, words in [
-        ({key: value for key, value in shapes.items() if key != "m.k.lora_B"}, [q, k], "lacks m.k.lora_B"),
-        (shapes, [q], "holds m.k.lora_A, which no projection of its mlora.json accounts for"),
-        (shapes, [q, _projection("k", 3, 1.0)], "layers.0.k_proj: matrices of rank 2 and 2, configured 3"),
-        (shapes, [q, dataclasses.replace(k, hf_name=q.hf_name)], "2 projections of the checkpoint are called"),
-        (one_A, [q, dataclasses.replace(k, hf_name=q.hf_name)], "2 projections of the checkpoint are called"),
-        (
-            one_A,
-            [q, dataclasses.replace(k, hf_name=q.hf_name, hf_row=3)],
-            "layers.0.q_proj and do not make up one module",
-        ),
-        (one_A, [q, dataclasses.replace(k, hf_name=q.hf_name, hf_row=4, scaling=2.0)], "do not make up one module"),
-    ]:
-        with pytest.raises(ValueError, match=re.escape(words)):
-            peft_tensors(given, projections)
-    A = peft_tensors(shapes, [q, k])[0][0]
-    with pytest.raises(ValueError, match=r"layers\.0\.k_proj\.lora_A\.weight is not finite"):
-        A.of(torch.full((2, 6), torch.inf))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_the_written_file_is_what_safetensors_writes(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {
@@ -329,7 +265,7 @@ def test_an_export_that_fails_leaves_what_was_there(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     check()
-    for owner, name in [(export, "write_tensors"), (export, "_check_written"), (os, "fsync"), (os, "rename")]:
+    for owner, name in [(peft_writer, "write_tensors"), (peft_writer, "_check_written"), (os, "fsync"), (os, "rename")]:
         with patch.object(owner, name, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
             export_peft(exported["llama"].native, output, replace=True)
         check()
@@ -342,7 +278,7 @@ def test_damaged_information_is_refused(exported: dict[str, Exported], tmp_path:
     info = json.loads((source / INFO_FILE).read_text())
     for number, (change, words) in enumerate(
         [
-            ({"projections": []}, "names no projection"),
+            ({"projections": []}, "which no projection of its mlora.json accounts for"),
             ({"projections": [{"module": "m"}]}, "projections are incomplete"),
             ({"projections": None}, "projections are incomplete"),
             ({"projections": info["projections"][:-1]}, "which no projection of its mlora.json accounts for"),
