@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import mlora
 from mlora import LoraConfig
@@ -105,6 +106,34 @@ def test_every_layout_exports_the_same_bytes(saved: dict[str, Path], tmp_path: P
             export_peft(checkpoint, output, profile="peft" if name == "dora" else "portable")
             exported[layout] = _hashes(output)
         assert all(hashes == exported["TP1"] for hashes in exported.values()), (name, exported)
+
+
+@pytest.mark.parametrize("profile", ["portable", "peft"])
+def test_what_keeps_its_start_is_exported_as_one_term_of_twice_the_rank(
+    saved: dict[str, Path], tmp_path: Path, profile: str
+) -> None:
+    config = export_peft(saved["TP2"] / "start", tmp_path / "peft", profile=profile)
+    assert (config["r"], config["use_rslora"], config["init_lora_weights"]) == (4, False, True)
+    assert config["lora_alpha"] / config["r"] == pytest.approx(8 / math.sqrt(2), rel=1e-15)
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    name, hf_name = "decoder.layers.1.mlp.linear_fc2.whole", "base_model.model.model.layers.1.mlp.down_proj"
+    A, B, A0, B0 = (
+        _whole("start", f"{name}.lora_{factor}", shape, torch.float32)
+        for factor, shape in (
+            ("A", (2, gpt.FFN)),
+            ("B", (gpt.HIDDEN, 2)),
+            ("A0", (2, gpt.FFN)),
+            ("B0", (gpt.HIDDEN, 2)),
+        )
+    )
+    assert torch.equal(tensors[f"{hf_name}.lora_A.weight"], torch.cat([A, A0]))
+    assert torch.equal(tensors[f"{hf_name}.lora_B.weight"], torch.cat([B, -B0], dim=1))
+
+
+def test_dora_is_refused_where_readers_would_ignore_it(saved: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lora_magnitude_vector is DoRA's magnitude; the portable profile cannot"):
+        export_peft(saved["TP2"] / "dora", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
 
 
 def _load_all(rank: int, sizes: ParallelSizes, folders: dict[str, list[Path]]) -> list[str]:
