@@ -140,7 +140,7 @@ class Ranks:
                     process.kill()
                     process.join()
         return [
-            Finished(int(process.exitcode or 0), log.read_text())
+            Finished(int(process.exitcode or 0), _ours(log.read_text()))
             for process, log in zip(self.processes, self.logs, strict=True)
         ]
 
@@ -158,6 +158,11 @@ class Ranks:
             pid = self.processes[rank].pid
             assert pid is not None
             os.kill(pid, number)
+
+
+def _ours(text: str) -> str:
+    """Without the warnings of torch's C++ side, such as one that a busy machine's peer does not answer yet."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith(("[W", "[rank")))
 
 
 def run(size: int, argv: Sequence[Any], folder: Path, before: Callable[[], None] | None = None) -> list[Finished]:
