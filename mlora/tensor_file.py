@@ -17,10 +17,10 @@ def write_tensors(
 
     Args:
         entries: (name, shape, dtype) of each tensor, in order of names.
-        tensors: the same in the same order; each is taken when the one before is on disk.
+        tensors: the same in the same order; each is taken when the one before is written and gone.
 
     Raises:
-        ValueError: a tensor has another shape or dtype than its entry.
+        ValueError: a tensor is missing or left over, or has another shape or dtype than its entry.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -32,9 +32,16 @@ def write_tensors(
     text += b" " * (-len(text) % 8)
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for (name, shape, dtype), tensor in zip(entries, tensors, strict=True):
+        waiting = iter(tensors)
+        for name, shape, dtype in entries:
+            tensor = next(waiting, None)
+            if tensor is None:
+                raise ValueError(f"{path}: there is no tensor for {name}")
             if (list(tensor.shape), tensor.dtype) != (list(shape), dtype):
                 raise ValueError(
                     f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, declared {dtype} {list(shape)}"
                 )
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+            del tensor  # Else it would live until the next one, which is made first; in zip() too.
+        if next(waiting, None) is not None:
+            raise ValueError(f"{path}: there are more tensors than names")

@@ -224,6 +224,11 @@ def test_the_written_file_is_what_safetensors_writes(tmp_path: Path, dtype: torc
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     with pytest.raises(ValueError, match="declared"):
         write_tensors(tmp_path / "wrong", [("a", (1, 7), dtype)], [tensors["layer.b"]])
+    entry, a = ("a", (1, 7), dtype), tensors["layer.a"]
+    with pytest.raises(ValueError, match="no tensor for a"):
+        write_tensors(tmp_path / "missing", [entry], [])
+    with pytest.raises(ValueError, match="more tensors than names"):
+        write_tensors(tmp_path / "more", [entry], [a, a])
 
 
 def test_another_dtype_and_a_folder_that_exists(exported: dict[str, Exported], tmp_path: Path) -> None:
