@@ -78,7 +78,6 @@ def test_a_native_checkpoint_at_four_ranks(files: Files, tmp_path: Path) -> None
     assert len(rows) == 4 and "'A longer one, of several words.'" in said
     for difference, effect in rows:
         assert difference < 1e-5 * effect and effect > 0.1
-    assert [rank.text for rank in ranks[1:]] == [""] * 3
 
 
 @pytest.mark.parametrize("against", ["peft", "merged"])
