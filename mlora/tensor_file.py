@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from parallel.writeback import WriteBack
+
 # Names of element types in the format (huggingface/safetensors, README).
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -30,7 +32,7 @@ def write_tensors(
         at = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("xb") as file:
+    with path.open("xb") as file, WriteBack(file) as write_back:
         file.write(len(text).to_bytes(8, "little") + text)
         waiting = iter(tensors)
         for name, shape, dtype in entries:
@@ -42,6 +44,7 @@ def write_tensors(
                     f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, declared {dtype} {list(shape)}"
                 )
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+            write_back.wrote()
             del tensor  # Else it would live until the next one, which is made first; in zip() too.
         if next(waiting, None) is not None:
             raise ValueError(f"{path}: there are more tensors than names")

@@ -14,7 +14,7 @@ import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from parallel.archive import check_records
+from parallel.archive import Loader
 from parallel.together import on_rank_zero, raise_for, together
 
 # Where Megatron keeps what is no sharded tensor or object: the same on every rank, written by rank 0.
@@ -159,7 +159,8 @@ class Reader:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.metadata = _read_directory(self.folder / DIRECTORY)
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, io.BufferedReader] = {}
+        self._loader = Loader()
         self._check_files()
 
     def __enter__(self) -> "Reader":
@@ -243,9 +244,9 @@ class Reader:
         file = self._files[place.relative_path]
         file.seek(place.offset)
         try:
-            content = file.read(place.length)
-            check_records(content)
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            content = bytearray(place.length)
+            file.readinto(content)
+            return self._loader.load(content)
         except Exception as error:
             raise ValueError(f"{self.folder / place.relative_path}: {index.fqn} cannot be read: {error}") from error
 

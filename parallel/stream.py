@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from parallel.storage import DIRECTORY, PLAIN, naming, write_format
+from parallel.writeback import WriteBack
 
 _FILE = "__0_0.distcp"  # torch's name for the first file of rank 0
 
@@ -34,7 +35,7 @@ def write_stream(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> N
         ValueError: a key comes twice.
     """
     directory = Metadata({}, storage_data={})
-    with naming(folder), (folder / _FILE).open("xb") as file:
+    with naming(folder), (folder / _FILE).open("xb") as file, WriteBack(file) as write_back:
         directory.state_dict_metadata[PLAIN.unique_key] = BytesStorageMetadata()
         directory.storage_data[MetadataIndex(PLAIN.unique_key)] = _append(file, [{}])
         for key, tensor in tensors:
@@ -46,6 +47,7 @@ def write_stream(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> N
                 TensorProperties(dtype=tensor.dtype), tensor.shape, [ChunkStorageMetadata(start, tensor.shape)]
             )
             directory.storage_data[MetadataIndex(key, start, 0)] = _append(file, tensor)
+            write_back.wrote()
             del tensor  # Else it would live until the next one, which is made first.
     with naming(folder), (folder / DIRECTORY).open("xb") as file:
         pickle.dump(directory, file)
