@@ -20,7 +20,7 @@ class Loader:
     def __init__(self) -> None:
         self._plain: dict[bytes, tuple[torch.dtype, torch.Size]] = {}
 
-    def load(self, content: bytearray) -> Any:
+    def load(self, content: bytearray | memoryview) -> Any:
         """What was saved as these bytes; a tensor may go on using their memory.
 
         Raises:
@@ -50,7 +50,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 class _Memory(io.RawIOBase):
     """Bytes as a file, without the copy that ``BytesIO`` makes of what can be changed."""
 
-    def __init__(self, content: bytearray) -> None:
+    def __init__(self, content: bytearray | memoryview) -> None:
         self._view, self._at = memoryview(content), 0
 
     def readable(self) -> bool:
@@ -76,7 +76,7 @@ class _Memory(io.RawIOBase):
         return len(piece)
 
 
-def check_records(content: bytearray) -> dict[str, memoryview]:
+def check_records(content: bytearray | memoryview) -> dict[str, memoryview]:
     """The records of a saved object by name, each compared with its checksum in place.
 
     Raises:

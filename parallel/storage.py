@@ -161,6 +161,7 @@ class Reader:
         self.metadata = _read_directory(self.folder / DIRECTORY)
         self._files: dict[str, io.BufferedReader] = {}
         self._loader = Loader()
+        self._passing = bytearray()  # Memory that is in use is faster than new memory.
         self._check_files()
 
     def __enter__(self) -> "Reader":
@@ -217,14 +218,14 @@ class Reader:
             if both is None:
                 continue
             target, source = both
-            out[target].copy_(self._stored(key, chunk)[source])
+            out[target].copy_(self._stored(key, chunk, passing=True)[source])
             missing -= math.prod(span.stop - span.start for span in target)
         if missing:
             raise ValueError(f"{self.folder}: {missing} elements of {key} are in no file")
 
-    def _stored(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
-        """One of the pieces of the files."""
-        stored: torch.Tensor = self._load(MetadataIndex(key, chunk.offsets))
+    def _stored(self, key: str, chunk: ChunkStorageMetadata, passing: bool = False) -> torch.Tensor:
+        """One of the pieces of the files; a passing one lasts until the next, whose memory it may share."""
+        stored: torch.Tensor = self._load(MetadataIndex(key, chunk.offsets), passing)
         if stored.shape != chunk.sizes:
             raise ValueError(f"{self.folder}: a piece of {key} has shape {list(stored.shape)}, not {list(chunk.sizes)}")
         return stored
@@ -235,7 +236,7 @@ class Reader:
             raise ValueError(f"{self.folder}: there is no tensor {key}")
         return entry
 
-    def _load(self, index: MetadataIndex) -> Any:
+    def _load(self, index: MetadataIndex, passing: bool = False) -> Any:
         place = self.metadata.storage_data.get(index)
         if place is None:
             raise ValueError(f"{self.folder}: there is no {index.fqn}")
@@ -244,7 +245,9 @@ class Reader:
         file = self._files[place.relative_path]
         file.seek(place.offset)
         try:
-            content = bytearray(place.length)
+            if passing and len(self._passing) < place.length:
+                self._passing = bytearray(place.length)
+            content = memoryview(self._passing if passing else bytearray(place.length))[: place.length]
             file.readinto(content)
             return self._loader.load(content)
         except Exception as error:
