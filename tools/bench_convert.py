@@ -1,11 +1,11 @@
 """Time and memory of converting an adapter between PEFT and a native checkpoint, against a plain copy of its files with fsync.
 
 The adapter is synthetic, of Llama-3-70B's widths, on every linear; its native checkpoint is written by as many processes as the
-parallel layout has ranks. Each step runs in a process of its own, so that its peak memory is its own. One table goes to stdout.
+parallel layout has ranks. Each step runs in a process of its own, so that its peak memory is its own; it is also given beyond that
+of the same step on a tiny adapter. One table goes to stdout.
 """
 
 import argparse
-import io
 import json
 import multiprocessing
 import os
@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +31,9 @@ from mlora_tools.bench_merge import Shape, make_adapter, measure
 from parallel.storage import Reader, read, write
 
 WIDTHS = Shape(hidden=8192, ffn=28672, keys=1024, layers=80)  # Llama-3-70B's
+TINY = Shape(
+    hidden=256, ffn=96, keys=128, layers=2
+)  # what a conversion takes whatever the adapter: imports, touched code
 HEAD = 128  # features of an attention head
 ROW_PARALLEL = ("linear_proj", "linear_fc2")
 
@@ -116,28 +118,34 @@ def _piece(key: str, shape: tuple[int, ...], dtype: torch.dtype, rank: int, tens
     )
 
 
-def _copy(source: Path, output: Path) -> None:
+def make(folder: Path, shape: Shape, rank: int, layout: Layout) -> None:
+    """Make ``folder`` with a base model's configuration and an adapter, as a PEFT directory and as a native checkpoint."""
+    folder.mkdir()
+    write_config(folder / "base", shape)
+    make_adapter(folder / "peft", shape, rank)
+    _import(folder)
+    shard(folder / "output", folder / "native", layout)
+    shutil.rmtree(folder / "output")
+
+
+def _copy(folder: Path) -> None:
+    output = folder / "output"
     output.mkdir()
-    for path in source.iterdir():
+    for path in (folder / "peft").iterdir():
         shutil.copyfile(path, output / path.name)
         with (output / path.name).open("rb+") as file:
             os.fsync(file.fileno())
 
 
-def _idle() -> None:
-    """What the process needs without an adapter: torch imports some of its modules when it first saves and loads."""
-    stream = io.BytesIO()
-    torch.save(torch.empty(0), stream)
-    stream.seek(0)
-    torch.load(stream, weights_only=True)
+def _import(folder: Path) -> None:
+    write_import(plan_import(open_adapter(folder / "peft"), Pretrained.open(folder / "base")), folder / "output")
 
 
-def _import(peft: Path, base: Path, output: Path) -> None:
-    write_import(plan_import(open_adapter(peft), Pretrained.open(base)), output)
+def _export(folder: Path) -> None:
+    write_peft(peft_adapter(open_adapter(folder / "native")), folder / "output")
 
 
-def _export(native: Path, output: Path) -> None:
-    write_peft(peft_adapter(open_adapter(native)), output)
+STEPS: dict[str, Callable[[Path], None]] = {"copy + fsync": _copy, "PEFT to native": _import, "native to PEFT": _export}
 
 
 def largest_group(shape: Shape, rank: int) -> int:
@@ -170,39 +178,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape = Shape(WIDTHS.hidden, WIDTHS.ffn, WIDTHS.keys, arguments.layers)
     layout = Layout(arguments.tensor, arguments.pipeline)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
-        base, peft, native, output = (Path(work) / name for name in ("base", "peft", "native", "output"))
-        write_config(base, shape)
-        make_adapter(peft, shape, arguments.rank)
-        _import(peft, base, output)
-        shard(output, native, layout)
-        shutil.rmtree(output)
-        size = sum(path.stat().st_size for path in peft.iterdir())
+        tiny, whole = Path(work) / "tiny", Path(work) / "whole"
+        make(tiny, TINY, 4, Layout(1, 1))
+        idle = {name: _measure(tiny, name)[1] for name in STEPS}
+        make(whole, shape, arguments.rank, layout)
+        size = sum(path.stat().st_size for path in (whole / "peft").iterdir())
         print(
             f"adapter {size / 1e9:.2f} GB: {shape.layers} layers of {shape.hidden}, rank {arguments.rank}, float32; native at TP "
             f"{layout.tensor} x PP {layout.pipeline}",
             flush=True,
         )
-        steps: list[tuple[str, Callable[..., None], tuple[Any, ...]]] = [
-            ("copy + fsync", _copy, (peft, output)),
-            ("PEFT to native", _import, (peft, base, output)),
-            ("native to PEFT", _export, (native, output)),
-        ]
-        _, idle = measure(_idle)
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name, *_ in steps}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in STEPS}
         for _ in range(arguments.rounds):
-            for name, step, given in steps:
-                found[name].append(measure(step, *given))
-                shutil.rmtree(output)
+            for name in STEPS:
+                found[name].append(_measure(whole, name))
     _print(found, size, idle, largest_group(shape, arguments.rank))
     return 0
 
 
-def _print(found: dict[str, list[tuple[float, float]]], size: int, idle: float, group: int) -> None:
+def _measure(folder: Path, name: str) -> tuple[float, float]:
+    """(seconds, peak GB) of a step."""
+    result = measure(STEPS[name], folder)
+    shutil.rmtree(folder / "output")
+    return result
+
+
+def _print(found: dict[str, list[tuple[float, float]]], size: int, idle: dict[str, float], group: int) -> None:
     copied = min(found["copy + fsync"])[0]
-    print(f"{'':16}{'seconds':>9}{'MB/s':>8}{'of a copy':>11}{'peak MB':>9}{'beyond imports':>16}{'of a group':>12}")
+    print(f"{'':16}{'seconds':>9}{'MB/s':>8}{'of a copy':>11}{'peak MB':>9}{'beyond tiny':>16}{'of a group':>12}")
     for name, measured in found.items():
         seconds, memory = min(measured)[0], max(peak for _, peak in measured)
-        beyond = max(memory - idle, 0.0) * 1e9
+        beyond = max(memory - idle[name], 0.0) * 1e9
         print(
             f"{name:16}{seconds:9.1f}{size / seconds / 1e6:8.0f}{seconds / copied:10.2f}x{memory * 1e3:9.0f}{beyond / 1e6:13.1f} MB"
             f"{beyond / group:11.2f}x"

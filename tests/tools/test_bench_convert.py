@@ -9,19 +9,16 @@ import torch
 from mlora.conversion import open_adapter
 from mlora.conversion.difference import compare
 from mlora_tools import bench_convert, bench_merge
-from mlora_tools.bench_convert import Layout, largest_group, main, shard, write_config
-from mlora_tools.bench_merge import Shape, make_adapter
+from mlora_tools.bench_convert import Layout, largest_group, main, make
+from mlora_tools.bench_merge import Shape
 from parallel.storage import Reader
 
 SHAPE = Shape(hidden=256, ffn=96, keys=128, layers=4)
 
 
 def test_the_checkpoint_is_in_the_pieces_of_its_layout(tmp_path: Path) -> None:
-    base, peft, whole, pieces = (tmp_path / name for name in ("base", "peft", "whole", "pieces"))
-    write_config(base, SHAPE)
-    make_adapter(peft, SHAPE, 4)
-    bench_convert._import(peft, base, whole)
-    shard(whole, pieces, Layout(tensor=2, pipeline=2))
+    make(tmp_path / "made", SHAPE, 4, Layout(tensor=2, pipeline=2))
+    peft, pieces = tmp_path / "made" / "peft", tmp_path / "made" / "native"
     assert len(list(pieces.glob("*.distcp"))) == 4
     chunks = {
         key.removeprefix("adapter.decoder.layers.3."): [tuple(chunk.sizes) for chunk in entry.chunks]  # type: ignore[union-attr]
@@ -47,7 +44,7 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert main([*words, "--folder", str(tmp_path)]) == 0
     head, columns, *rows, group = capsys.readouterr().out.splitlines()
     assert head == "adapter 0.00 GB: 2 layers of 256, rank 4, float32; native at TP 2 x PP 1"
-    assert "beyond imports" in columns and group.startswith("a group is the matrices of gate and up: ")
+    assert "beyond tiny" in columns and group.startswith("a group is the matrices of gate and up: ")
     for row, name in zip(rows, ("copy + fsync", "PEFT to native", "native to PEFT"), strict=True):
         assert re.match(rf"{re.escape(name)} +\d+\.\d +\d+ +\d+\.\d\dx +\d+ +\d+\.\d MB +\d+\.\d\dx$", row)
     assert list(tmp_path.iterdir()) == []
