@@ -14,11 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Where collectives are operators: torch.distributed's own, and the functional ones that DTensor and compiled code call.
 _NAMESPACES = ("c10d", "_c10d_functional", "c10d_functional")
-# How the dispatcher names a collective, without underscores at its ends -> the field's word for it.
+# How the dispatcher or a method of a process group names a collective, without underscores at its ends -> the field's word.
 _NAMES = {
     "all_gather_into_tensor": "all_gather",
     "all_gather_into_tensor_coalesced": "all_gather",
     "all_gather_into_tensor_out": "all_gather",
+    "all_gather_single": "all_gather",
+    "all_gather_single_coalesced": "all_gather",
     "all_reduce": "all_reduce",
     "all_reduce_coalesced": "all_reduce",
     "all_to_all_single": "all_to_all",
@@ -39,9 +41,12 @@ _NAMES = {
     "monitored_barrier": "barrier",
     "recv": "recv",
     "recv_any_source": "recv",
+    "recv_anysource": "recv",
     "reduce": "reduce",
     "reduce_scatter": "reduce_scatter",
     "reduce_scatter_base": "reduce_scatter",
+    "reduce_scatter_single": "reduce_scatter",
+    "reduce_scatter_single_coalesced": "reduce_scatter",
     "reduce_scatter_tensor": "reduce_scatter",
     "reduce_scatter_tensor_coalesced": "reduce_scatter",
     "reduce_scatter_tensor_out": "reduce_scatter",
@@ -89,7 +94,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         kind = _kind(func._schema.name)  # type: ignore[attr-defined]
         if kind is not None:
-            self.entries.append(_entry(kind, [*args, *kwargs.values(), result]))
+            self.entries.append(entry_of(kind, [*args, *kwargs.values(), result]))
         return result
 
     def select(
@@ -116,8 +121,13 @@ def _kind(operator: str) -> str | None:
     return _NAMES.get(name.strip("_")) if namespace in _NAMESPACES else None
 
 
-def _entry(kind: str, values: Sequence[Any]) -> Entry:
-    """The entry of a call with these arguments and result."""
+def kind_of_method(name: str) -> str | None:
+    """The kind of collective that a method of a process group ("_allgather_base") is; None if it is none."""
+    return _NAMES.get(name.strip("_"))
+
+
+def entry_of(kind: str, values: Sequence[Any]) -> Entry:
+    """The entry of a call with these arguments and, if it gives tensors, its result."""
     whole = max((list(_tensors(value)) for value in values), key=_elements)
     shape = tuple(whole[0].shape) if len(whole) == 1 else (_elements(whole),)
     direction = "backward" if torch._C._current_graph_task_id() != -1 else "forward"
