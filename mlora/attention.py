@@ -1,7 +1,8 @@
-"""What some families do to attention and Megatron's local spec has no field for, as hooks between its modules.
+"""What some families do to attention and Megatron's specs have no field for, as hooks between its modules.
 
-Megatron computes scores, hands them with a mask to the softmax, and gives every layer the same rotary angles. The hooks change
-what a layer's softmax or attention is given, so that they hold under recomputation and for masks of packed samples alike.
+Megatron's local spec computes scores, hands them with a mask to the softmax, and gives every layer the same rotary angles. The
+hooks change what a layer's softmax or attention is given, so that they hold under recomputation and for masks of packed samples
+alike. Transformer Engine's attention shows no scores; its windows are fields of the model's config.
 """
 
 from typing import Any
@@ -12,16 +13,33 @@ from mlora.families import Architecture
 
 
 def shape_attention(layer: Any, architecture: Architecture) -> None:
-    """Give one layer of Megatron's local spec the window, cap and angles of its number in the model."""
+    """Give one layer the window, cap and angles of its number in the model."""
     attention = layer.self_attention
-    softmax = attention.core_attention.scale_mask_softmax
     window = architecture.windows[layer.layer_number - 1]
-    if architecture.attention_cap is not None:
-        softmax.register_forward_pre_hook(Cap(architecture.attention_cap))
-    if window is not None:
-        softmax.register_forward_pre_hook(Window(window))
+    softmax = getattr(attention.core_attention, "scale_mask_softmax", None)
+    if softmax is None:
+        attention.core_attention.register_forward_pre_hook(refuse_mask, with_kwargs=True)
+    else:
+        if architecture.attention_cap is not None:
+            softmax.register_forward_pre_hook(Cap(architecture.attention_cap))
+        if window is not None:
+            softmax.register_forward_pre_hook(Window(window))
     if architecture.local_rope is not None:
         attention.register_forward_pre_hook(Angles(0 if window is None else 1), with_kwargs=True)
+
+
+def refuse_mask(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook on Transformer Engine's causal attention, which would ignore a mask in silence.
+
+    Raises:
+        ValueError: query, key and value come with a mask.
+    """
+    mask = inputs[3] if len(inputs) > 3 else kwargs.get("attention_mask")
+    if mask is not None:
+        raise ValueError(
+            "Transformer Engine's attention takes no mask: give packed samples as one sequence with cu_seqlens, or build the "
+            'model with transformer_impl "local"'
+        )
 
 
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:

@@ -24,32 +24,39 @@ class MicroBatch:
 
     Attributes:
         step: of the optimizer.
-        first_row: number of the micro batch's first sequence in the global batch.
+        first_row: number of the micro batch's first row in the global batch.
+        row_length: tokens of a row where the rows stand one after another in one sequence; None where each row is a sequence.
     """
 
     step: int
     first_row: int
+    row_length: int | None = None
 
 
 def set_micro_batch(batch: MicroBatch) -> None:
     """Say which tokens the next forward pass holds. On this rank, for every chunk and adapter."""
     tracker = get_cuda_rng_tracker()
-    tracker.set_states({**tracker.get_states(), _STATE: torch.tensor([batch.step, batch.first_row], device="cpu")})
+    state = torch.tensor([batch.step, batch.first_row, batch.row_length or 0], device="cpu")
+    tracker.set_states({**tracker.get_states(), _STATE: state})
 
 
 def current_micro_batch() -> MicroBatch:
     """The micro batch last set, or, during recomputation, the one that the layer saw at first.
 
     Raises:
-        RuntimeError: if none was ever set.
+        RuntimeError: if none was ever set, or a CUDA graph is being captured, which would repeat this step's masks for ever.
     """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            "a CUDA graph cannot hold dropout: its masks are a function of the step; set lora_dropout to 0, or capture no graph"
+        )
     state = get_cuda_rng_tracker().get_states().get(_STATE)
     if state is None:
         raise RuntimeError(
             "dropout needs to know the micro batch: call mlora.set_micro_batch() before the forward pass"
         )
-    step, first_row = state.tolist()
-    return MicroBatch(step, first_row)
+    step, first_row, row_length = state.tolist()
+    return MicroBatch(step, first_row, row_length or None)
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Dropout:
     Attributes:
         probability: of a zero.
         key: 64-bit key of (seed, step, module).
-        first_row, length: the micro batch's first sequence in the global batch, and the whole sequence length.
+        first_row, length: the micro batch's first row in the global batch, and the tokens of a row.
     """
 
     probability: float
@@ -69,10 +76,14 @@ class Dropout:
 
     @classmethod
     def of(cls, probability: float, seed: int, module: str, length: int) -> "Dropout":
-        """The mask of ``module``'s input in the current micro batch, of sequences of ``length`` tokens."""
+        """The mask of ``module``'s input in the current micro batch, of sequences of ``length`` tokens.
+
+        Token t of a sequence that holds several rows is the token that it would be at its place in its row: a token's number in
+        the global batch is ``first_row * length + t`` either way.
+        """
         batch = current_micro_batch()
         digest = hashlib.sha256(f"{seed}/{batch.step}/{module}".encode()).digest()
-        return cls(probability, int.from_bytes(digest[:8], "big"), batch.first_row, length)
+        return cls(probability, int.from_bytes(digest[:8], "big"), batch.first_row, batch.row_length or length)
 
     def __call__(self, x: torch.Tensor, *, first_token: int = 0, first_feature: int = 0) -> torch.Tensor:
         """``x`` with dropped features at zero and the others divided by the probability of being kept.

@@ -3,6 +3,7 @@
 import torch
 
 from mlora.families import Architecture, Family
+from mlora.spec import fused_norm
 from mlora.weights import Weights
 from parallel import shards
 from parallel.layout import LinearLayout, read_layout
@@ -50,9 +51,19 @@ def _load_linear(
         # Megatron gives a bias to all linears or to none.
         return weights.read(name, starts[part] + first, count) if name in weights.shapes else torch.zeros(count)
 
-    shards.cut(layout, weight, held["weight"])
+    if type(held["weight"]) is torch.nn.Parameter:
+        shards.cut(layout, weight, held["weight"])
+    else:  # Quantized: its rows cannot be written to one by one.
+        whole = torch.empty(held["weight"].shape, dtype=held["weight"].dtype, device=held["weight"].device)
+        shards.cut(layout, weight, whole)
+        held["weight"].copy_(whole)
     if "bias" in held:
         shards.cut_bias(layout, bias, held["bias"])
+    if "layer_norm_weight" in held:
+        layer, norm = fused_norm(layout.name)
+        held["layer_norm_weight"].copy_(
+            weights.read(f"{family.hf_name(f'{layer}.{norm}')}.weight", 0, layout.in_features)
+        )
 
 
 def _load_vocabulary(module: torch.nn.Module, weight: torch.nn.Parameter, name: str, weights: Weights) -> None:

@@ -19,9 +19,8 @@ from mlora.families import Architecture
 from mlora.families.rope import Rope
 from mlora.loading import load_chunk
 from mlora.pretrained import Pretrained
-from mlora.spec import layer_spec
+from mlora.spec import TransformerImpl, final_norm, layer_spec, transformer_engine_obstacle
 from mlora.vocabulary import CapLogits, MaskPadding, Scale, padded_size
-from parallel.norm import SequenceParallelRMSNorm
 from parallel.sizes import ParallelSizes
 
 logger = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ _UNEVEN = {
     "account_for_loss_in_pipeline_split",
     "pipeline_model_parallel_layout",
 }
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def build_model(
@@ -58,11 +57,12 @@ def build_model(
     *,
     dtype: torch.dtype = torch.float32,
     seq_length: int | None = None,
+    transformer_impl: TransformerImpl = "local",
     **overrides: Any,
 ) -> list[torch.nn.Module]:
     """This rank's chunks of the model, one for each virtual pipeline stage, with the base weights in them.
 
-    The modules are those of Megatron's local spec, on ``torch.cuda.current_device()`` (inside
+    The modules are those of Megatron's local or Transformer Engine spec, on ``torch.cuda.current_device()`` (inside
     :func:`parallel.cpu.megatron_on_cpu` the CPU). Their config has what Megatron's schedules and DDP read, so that a training
     loop need not change it. Called on every rank, in process groups divided by ``sizes``.
 
@@ -72,10 +72,12 @@ def build_model(
     Args:
         pretrained: the opened directory.
         sizes: how the model is divided.
-        dtype: of the weights: float64, float32 or bfloat16.
+        dtype: of the weights: float64, float32, bfloat16 or float16.
         seq_length: the longest sequence that will be run. It matters to sequence parallelism, and to models whose rotary angles
             hold for shorter sequences only than the checkpoint was made for.
-        overrides: fields of ``TransformerConfig`` that do not change the results, such as ``recompute_granularity``.
+        transformer_impl: Megatron's word for the spec: "local" or "transformer_engine".
+        overrides: fields of ``TransformerConfig`` that do not change the results, such as ``recompute_granularity``, or only by
+            their precision, such as ``fp8``.
 
     Raises:
         FileNotFoundError: a file of weights is missing.
@@ -84,13 +86,15 @@ def build_model(
             (file and key are named). All of it is checked on every rank alike, before anything is built.
     """
     architecture = pretrained.architecture
+    if transformer_impl != "local" and (why := transformer_engine_obstacle(architecture)):
+        raise ValueError(f'transformer_impl "transformer_engine": {why}; "local" can')
     _check_sizes(architecture, sizes, seq_length, uneven=bool(_UNEVEN & overrides.keys()))
     _check_length(architecture.rope, architecture.max_position_embeddings if seq_length is None else seq_length)
-    config = _config(architecture, sizes, dtype, overrides)
+    config = _config(architecture, sizes, dtype, transformer_impl, overrides)
     chunks: list[torch.nn.Module] = []
     with pretrained.weights() as weights:
         for stage in range(sizes.virtual_pipeline or 1):
-            chunk = _chunk(pretrained, config, stage if sizes.virtual_pipeline else None)
+            chunk = _chunk(pretrained, config, transformer_impl, stage if sizes.virtual_pipeline else None)
             load_chunk(chunk, pretrained.family, architecture, weights)
             chunks.append(chunk)
         read, total = weights.bytes_read, weights.bytes
@@ -128,7 +132,11 @@ def _check_length(rope: Rope, length: int) -> None:
 
 
 def _config(
-    architecture: Architecture, sizes: ParallelSizes, dtype: torch.dtype, overrides: Mapping[str, Any]
+    architecture: Architecture,
+    sizes: ParallelSizes,
+    dtype: torch.dtype,
+    transformer_impl: TransformerImpl,
+    overrides: Mapping[str, Any],
 ) -> TransformerConfig:
     decided = {
         **_PLAIN,
@@ -140,6 +148,7 @@ def _config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
     }
     chosen = {
         "calculate_per_token_loss": True,
@@ -149,6 +158,9 @@ def _config(
         "perform_initialization": False,
         "attention_softmax_in_fp32": True,
     }
+    if transformer_impl != "local":
+        decided |= _windows(architecture)
+        chosen |= {"bias_activation_fusion": True, "bias_dropout_fusion": True, "apply_rope_fusion": True}
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype}; it can be {', '.join(map(str, _DTYPES))}")
     known = {field.name for field in fields(TransformerConfig)}
@@ -164,15 +176,28 @@ def _config(
     return config
 
 
-def _chunk(pretrained: Pretrained, config: TransformerConfig, vp_stage: int | None) -> torch.nn.Module:
+def _windows(architecture: Architecture) -> dict[str, Any]:
+    """The layers' attention windows as fields of the config, which Transformer Engine's attention reads."""
+    sizes = {window for window in architecture.windows if window is not None}
+    if not sizes:
+        return {}
+    return {
+        "window_size": (sizes.pop() - 1, 0),
+        "window_attn_skip_freq": [int(window is not None) for window in architecture.windows],
+    }
+
+
+def _chunk(
+    pretrained: Pretrained, config: TransformerConfig, transformer_impl: TransformerImpl, vp_stage: int | None
+) -> torch.nn.Module:
     architecture = pretrained.architecture
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     vocab_size = padded_size(architecture.vocab_size, config.tensor_model_parallel_size)
-    layers = [layer_spec(pretrained.family, config)] * get_num_layers_to_build(config, vp_stage)
+    layers = [layer_spec(pretrained.family, config, transformer_impl)] * get_num_layers_to_build(config, vp_stage)
     chunk = GPTModel(
         config=config,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=SequenceParallelRMSNorm),
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm(transformer_impl)),
         vocab_size=vocab_size,
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=first,

@@ -17,6 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
@@ -112,7 +113,9 @@ class Trainer:
 
         Args:
             micro_batches: each with tokens, labels, position_ids [b, s], loss_mask [b, s], attention_mask [b, 1, s, s] (True
-                is masked; None for plain causal) and first_row, the number of its first row in the global batch.
+                is masked; None for plain causal) and first_row, the number of its first row in the global batch. Rows that
+                stand one after another in one sequence (b = 1) come with row_length, and with cu_seqlens and max_seqlen of
+                the samples in them.
             iteration: of the optimizer, from 0; keys the dropout masks.
 
         Raises:
@@ -200,9 +203,25 @@ def _forward_step(
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in next(data).items()
     }
-    set_micro_batch(MicroBatch(step=iteration, first_row=batch["first_row"]))
-    output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+    set_micro_batch(MicroBatch(iteration, batch["first_row"], batch.get("row_length")))
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        packed_seq_params=_packed_samples(batch),
+    )
     return output, partial(_sum_of_losses, batch["loss_mask"])
+
+
+def _packed_samples(batch: Mapping[str, Any]) -> PackedSeqParams | None:
+    """Where the samples of one joined sequence begin and end, for Transformer Engine's attention."""
+    if "cu_seqlens" not in batch:
+        return None
+    ends, longest = batch["cu_seqlens"], batch["max_seqlen"]
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 def _sum_of_losses(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

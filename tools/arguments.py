@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from mlora_tools.implementation import Implementation
 from mlora_tools.lora import Lora
 from mlora_tools.options import Help, UsageError, parse
 from parallel.sizes import ParallelSizes
@@ -246,6 +247,7 @@ class Arguments:
     inputs: Inputs
     layout: Layout
     batches: Batches
+    implementation: Implementation
     schedule: Schedule
     lora: Lora
     reports: Reports
@@ -257,8 +259,10 @@ class Arguments:
         Raises:
             ValueError: an option is not known, missing, out of its range or contradicts another; the message names it.
         """
-        groups = (Inputs, Layout, Batches, Schedule, Lora, Reports)
-        (inputs, layout, batches, schedule, lora, reports), given = parse(groups, argv, DESCRIPTION)
+        groups = (Inputs, Layout, Batches, Implementation, Schedule, Lora, Reports)
+        (inputs, layout, batches, implementation, schedule, lora, reports), given = parse(groups, argv, DESCRIPTION)
+        if implementation.fp8_format and not batches.bf16:
+            raise UsageError("--fp8-format needs --bf16")
         twice = sorted(given & set(Lora.__dataclass_fields__) - {"lora_config"})
         if lora.lora_config is not None and twice:
             raise UsageError(f"--lora-config is given, so --{twice[0].replace('_', '-')} must be in {lora.lora_config}")
@@ -267,7 +271,15 @@ class Arguments:
             raise UsageError(
                 f"--{fixed[0].replace('_', '-')} is that of {inputs.resume_from_peft} (--resume-from-peft)"
             )
-        return cls(inputs=inputs, layout=layout, batches=batches, schedule=schedule, lora=lora, reports=reports)
+        return cls(
+            inputs=inputs,
+            layout=layout,
+            batches=batches,
+            implementation=implementation,
+            schedule=schedule,
+            lora=lora,
+            reports=reports,
+        )
 
     def plain(self) -> dict[str, Any]:
         """Every option and its value, as plain values."""

@@ -25,6 +25,7 @@ from mlora.model import build_model
 from mlora.pretrained import Pretrained
 from mlora.sft.batches import BatchPlan, EvalPlan
 from mlora.sft.feed import Feed
+from mlora.spec import TransformerImpl
 from mlora.train import OptimizerSettings, Trainer
 from mlora_tools.arguments import Arguments
 from mlora_tools.data import Dataset, load_data, open_tokenizer
@@ -68,6 +69,7 @@ class Setting:
     heldout: Dataset | None
     iterations: int
     settings: dict[str, Any]
+    transformer_impl: TransformerImpl
 
 
 def finetune(arguments: Arguments) -> None:
@@ -150,10 +152,12 @@ def _setting(arguments: Arguments, base: Pretrained, sizes: ParallelSizes, adapt
             _flag(name): getattr(batches, name)
             for name in ("global_batch_size", "seq_length", "packing", "seed", "bf16")
         },
+        **{_flag(name): getattr(arguments.implementation, name) for name in ("fp8_format", "fp8_recipe")},
         **{_OPTIONS.get(name, _flag(name)): value for name, value in dataclasses.asdict(optimizer).items()},
         **{f"LoRA's {name}": value for name, value in adapter.config.to_dict().items()},
     }
-    return Setting(arguments, base, sizes, adapter, optimizer, train, heldout, iterations, settings)
+    transformer_impl = arguments.implementation.choose(base.architecture)
+    return Setting(arguments, base, sizes, adapter, optimizer, train, heldout, iterations, settings, transformer_impl)
 
 
 def _trainer(setting: Setting, checkpoint: Path | None, start: int) -> Trainer:
@@ -162,7 +166,13 @@ def _trainer(setting: Setting, checkpoint: Path | None, start: int) -> Trainer:
     dtype = _dtype(setting.arguments)
     chunks = together(
         lambda: build_model(
-            setting.base, setting.sizes, dtype=dtype, seq_length=batches.seq_length, **batches.recompute()
+            setting.base,
+            setting.sizes,
+            dtype=dtype,
+            seq_length=batches.seq_length,
+            transformer_impl=setting.transformer_impl,
+            **setting.arguments.implementation.overrides(),
+            **batches.recompute(),
         )
     )
     mlora.apply(chunks, setting.adapter.config, family=setting.base.family)
@@ -215,6 +225,7 @@ def _data(setting: Setting, device: torch.device) -> tuple[TrainData, EvalData |
             dp_size=parallel_state.get_data_parallel_world_size(),
             device=device,
             packed=batches.packing,
+            joined=setting.transformer_impl != "local",
         )
 
     plan = BatchPlan(len(setting.train.rows), batches.global_batch_size, batches.seed)
@@ -260,6 +271,8 @@ def _config(
         **dataclasses.asdict(sizes),
         "data": parallel_state.get_data_parallel_world_size(),
         "micro_batch_size": batches.micro_batch_size,
+        "transformer_impl": setting.transformer_impl,
+        **setting.arguments.implementation.overrides(),
         **batches.recompute(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "backend": dist.get_backend(),

@@ -141,6 +141,18 @@ def attention_mask(segments: torch.Tensor) -> torch.Tensor:
     return other | later
 
 
+def segment_ends(segments: torch.Tensor) -> torch.Tensor:
+    """Where the segments of all rows, one row after another, begin and end: int32 [segments + 1], from 0 to b·s.
+
+    Args:
+        segments: [b, s], the segment of each place; a segment's places stand together. Padding is a segment like the others.
+    """
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    end = torch.tensor([segments.numel()])
+    return torch.cat([begins.flatten().nonzero().flatten(), end]).to(torch.int32)
+
+
 def _check_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:

@@ -5,7 +5,7 @@ from typing import Any, overload
 
 import torch
 
-from mlora.sft.batches import Indices, attention_mask, collate, micro_batches
+from mlora.sft.batches import Indices, attention_mask, collate, micro_batches, segment_ends
 from mlora.sft.packing import Rows
 
 
@@ -17,12 +17,22 @@ class Feed:
         micro_batch_size: rows of a micro batch.
         dp_rank, dp_size: of the data-parallel group.
         device: where the tensors go.
-        packed: rows may hold several samples, so attention needs a mask of its own; else it is plainly causal (padding stands
-            at the right, where nothing that counts sees it).
+        packed: rows may hold several samples, so attention must be told; else it is plainly causal (padding stands at the
+            right, where nothing that counts sees it).
+        joined: packed rows stand one after another in one sequence, with ``cu_seqlens``, as Transformer Engine's attention
+            takes them; else attention is told by a mask.
     """
 
     def __init__(
-        self, rows: Rows, *, micro_batch_size: int, dp_rank: int, dp_size: int, device: torch.device, packed: bool
+        self,
+        rows: Rows,
+        *,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        device: torch.device,
+        packed: bool,
+        joined: bool = False,
     ) -> None:
         self.rows = rows
         self.micro_batch_size = micro_batch_size
@@ -30,6 +40,7 @@ class Feed:
         self.dp_size = dp_size
         self.device = device
         self.packed = packed
+        self.joined = joined
 
     def batch(self, indices: Indices) -> "MicroBatches":
         """This rank's micro batches of the global batch of these rows.
@@ -44,9 +55,23 @@ class Feed:
     def micro_batch(self, first_row: int, indices: Indices) -> dict[str, Any]:
         """What the trainer takes, of rows that stand at ``first_row`` and after in the global batch."""
         tensors = collate([self.rows[index] for index in indices])
+        ends = segment_ends(tensors["segments"]) if self.packed and self.joined else None
         batch: dict[str, Any] = {name: value.to(self.device) for name, value in tensors.items()}
         segments = batch.pop("segments")
-        return {**batch, "attention_mask": attention_mask(segments) if self.packed else None, "first_row": first_row}
+        if ends is None:
+            return {
+                **batch,
+                "attention_mask": attention_mask(segments) if self.packed else None,
+                "first_row": first_row,
+            }
+        return {
+            **{name: value.view(1, -1) for name, value in batch.items()},
+            "attention_mask": None,
+            "cu_seqlens": ends.to(self.device),
+            "max_seqlen": int(ends.diff().max()),
+            "first_row": first_row,
+            "row_length": segments.shape[1],
+        }
 
 
 class MicroBatches(Sequence[Mapping[str, Any]]):

@@ -50,6 +50,21 @@ def test_the_mask_is_the_one_defined(
         assert mask[token, row, feature] == expected
 
 
+def joined(rank: int) -> tuple[Any, Any, MicroBatch]:
+    """Masks of three rows of 8 tokens, as three sequences and as one."""
+    set_micro_batch(MicroBatch(2, first_row=5))
+    apart = kept(Dropout.of(0.4, 1, "linear", 8), 8, 3, 6)
+    set_micro_batch(MicroBatch(2, first_row=5, row_length=8))
+    together = kept(Dropout.of(0.4, 1, "linear", 24), 24, 1, 6)
+    return apart.numpy(), together.numpy(), current_micro_batch()
+
+
+def test_rows_in_one_sequence_have_the_masks_that_they_have_apart() -> None:
+    ((apart, together, batch),) = run_ranks(1, joined)
+    assert (together == apart.swapaxes(0, 1).reshape(24, 1, 6)).all()
+    assert batch == MicroBatch(2, 5, 8)
+
+
 def test_pieces_are_slices_of_the_whole() -> None:
     whole = kept(Dropout(0.4, KEY, 0, 12), 12, 6, 20)
     for tokens in (slice(0, 4), slice(4, 12)):

@@ -256,7 +256,7 @@ def error_of(rank: int, path: Path, sizes: ParallelSizes, arguments: dict[str, A
         ("llama", {}, ONE, {"recompute_granularty": "full"}, "recompute_granularty is no field of Megatron's TransformerConfig"),
         ("llama", {}, ONE, {"hidden_size": 64}, "hidden_size = 64 cannot be given: the checkpoint and the sizes decide it"),
         ("llama", {}, ONE, {"attention_dropout": 0.1}, "attention_dropout = 0.1 cannot be given"),
-        ("llama", {}, ONE, {"dtype": torch.float16}, "dtype is torch.float16; it can be torch.float64, "),
+        ("llama", {}, ONE, {"dtype": torch.int8}, "dtype is torch.int8; it can be torch.float64, "),
         ("phi3-longrope", {}, ONE, {},
          "original_max_position_embeddings = 64: sequences of 128 tokens would need the rotary angles of long sequences"),
         ("phi3-longrope", {}, ONE, {"seq_length": 65}, "give a seq_length of at most 64"),

@@ -50,6 +50,25 @@ def test_rows_of_one_sample_need_no_mask_of_their_own() -> None:
     assert batch["attention_mask"] is None
 
 
+def test_joined_rows_are_told_by_the_ends_of_their_samples() -> None:
+    rows = data()
+    (masked,) = feed(rows, 4, 0, 1).batch(np.arange(4, 8))
+    (joined,) = Feed(
+        rows, micro_batch_size=4, dp_rank=0, dp_size=1, device=CPU, packed=True, joined=True
+    ).batch(np.arange(4, 8))  # fmt: skip
+    for name in ("tokens", "labels", "loss_mask", "position_ids"):
+        assert torch.equal(joined[name], masked[name].view(1, -1)), name
+    assert joined["attention_mask"] is None
+    assert (joined["first_row"], joined["row_length"]) == (masked["first_row"], 14)
+    ends = joined["cu_seqlens"]
+    assert ends.dtype == torch.int32
+    assert joined["max_seqlen"] == int(ends.diff().max()) <= 14
+    own = torch.zeros(4 * 14, 4 * 14, dtype=torch.bool)  # Who may attend to whom, by the ends.
+    for first, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        own[first:end, first:end] = torch.ones(end - first, end - first, dtype=torch.bool).tril()
+    assert torch.equal(~own, torch.block_diag(*(~masked["attention_mask"][:, 0]).int()) == 0)
+
+
 def test_filler_has_no_target() -> None:
     rows = data()
     plan = EvalPlan(len(rows), len(rows) + 3)
