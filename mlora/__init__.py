@@ -10,18 +10,31 @@ if TYPE_CHECKING:
     from mlora.attach import apply, parameter_counts
     from mlora.config import LoraConfig
     from mlora.dropout import MicroBatch, set_micro_batch
-    from mlora.switch import disable_adapter, merge_adapter, set_adapter, unmerge_adapter
+    from mlora.saved import load_adapter
+    from mlora.switch import (
+        adapter_names,
+        delete_adapter,
+        disable_adapter,
+        merge_adapter,
+        set_adapter,
+        unmerge_adapter,
+        use_adapter,
+    )
 
 __all__ = [
     "LoraConfig",
     "MicroBatch",
+    "adapter_names",
     "apply",
+    "delete_adapter",
     "disable_adapter",
+    "load_adapter",
     "merge_adapter",
     "parameter_counts",
     "set_adapter",
     "set_micro_batch",
     "unmerge_adapter",
+    "use_adapter",
 ]
 
 # Where the names above are.
@@ -29,7 +42,16 @@ MODULES = {
     "mlora.attach": ("apply", "parameter_counts"),
     "mlora.config": ("LoraConfig",),
     "mlora.dropout": ("MicroBatch", "set_micro_batch"),
-    "mlora.switch": ("disable_adapter", "merge_adapter", "set_adapter", "unmerge_adapter"),
+    "mlora.saved": ("load_adapter",),
+    "mlora.switch": (
+        "adapter_names",
+        "delete_adapter",
+        "disable_adapter",
+        "merge_adapter",
+        "set_adapter",
+        "unmerge_adapter",
+        "use_adapter",
+    ),
 }
 
 

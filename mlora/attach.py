@@ -89,7 +89,8 @@ def apply(
     """Freeze the base model and attach a LoRA adapter. Call it on every rank, before DDP and the optimizer.
 
     Its type is that of Megatron's pre-wrap hook. Base modules stay the same objects with the same parameter and state-dict
-    names. A second call with another name adds an adapter, frozen and inactive until :func:`mlora.set_adapter`.
+    names. A second call with another name adds an adapter, frozen and inactive until :func:`mlora.set_adapter`; that may also be
+    done to a model in training, whose gradient buffers stay as they are.
 
     Args:
         model: this rank's chunks: one, or one for each virtual pipeline stage.
@@ -103,7 +104,7 @@ def apply(
     Raises:
         ValueError: the name is taken or no identifier; a target, pattern or layer matches nothing on any stage (the message
             lists what exists); a linear is none of the family's; a targeted linear is of a kind that cannot be adapted, or its
-            weight cannot be decomposed; the model is in Megatron's DDP already.
+            weight cannot be decomposed; the model is in Megatron's DDP already, and this is its first adapter.
 
     Every error is raised on every rank alike, before anything in the model has changed.
     """
@@ -117,7 +118,7 @@ def apply(
     existing = union_over_stages({name for bank in banks(chunks) for name in bank.adapters})
     if adapter_name in existing:
         raise ValueError(f"there is an adapter {adapter_name!r} already")
-    adapters = together(lambda: _make(chunks, linears, targets, config))
+    adapters = together(lambda: _make(chunks, linears, targets, config, first=not existing))
     if config.decomposes:
         for module, adapter in adapters:
             start_from_weight(adapter, module.weight)  # type: ignore[arg-type]
@@ -161,9 +162,10 @@ def _make(
     linears: Mapping[str, tuple[torch.nn.Module, LinearLayout]],
     targets: Sequence[Target],
     config: LoraConfig,
+    first: bool,
 ) -> list[tuple[torch.nn.Module, LinearAdapter]]:
     """The new adapters and the linears that they belong to; changes nothing."""
-    if any(hasattr(parameter, "main_grad") for chunk in chunks for parameter in chunk.parameters()):
+    if first and any(hasattr(parameter, "main_grad") for chunk in chunks for parameter in chunk.parameters()):
         raise ValueError(
             "the model is in DDP already, whose gradient buffers would not hold the adapter: attach it before"
         )
@@ -198,8 +200,8 @@ def _join_mlps(chunk: torch.nn.Module) -> None:
             module.__class__ = _adapted_class(MLP, MlpLora)
 
 
-def freeze_all_but(bank: AdapterBank, adapter_name: str) -> None:
-    """Let only the adapter ``adapter_name`` of a bank train."""
+def freeze_all_but(bank: AdapterBank, adapter_name: str | None) -> None:
+    """Let only the adapter ``adapter_name`` of a bank train; None: none."""
     for name, adapter in bank.adapters.items():
         adapter.requires_grad_(name == adapter_name)
 

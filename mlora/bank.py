@@ -44,6 +44,16 @@ class AdapterBank(torch.nn.Module):
             return None
         return self.adapter(self.active)
 
+    def delete(self, name: str) -> None:
+        """Forget the adapter ``name``, if it is here; if it was on, none is.
+
+        The fused way's buffer holds the base's weight too, and stays for the adapter that comes next.
+        """
+        if name in self.adapters:
+            del self.adapters[name]
+        if self.active == name:
+            self.active = None
+
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Nothing: see the class."""
         return {} if destination is None else destination

@@ -1,4 +1,7 @@
-"""Which adapter is on: switching between named adapters, turning them off, and merging one into the base weights and back."""
+"""Which adapter is on: switching between named adapters, turning them off, and merging one into the base weights and back.
+
+None of it copies the base, moves a parameter or touches a gradient buffer; merging alone writes to the base's weights.
+"""
 
 import contextlib
 import logging
@@ -18,13 +21,17 @@ Model = torch.nn.Module | Sequence[torch.nn.Module]
 Pairs = Sequence[tuple[torch.Tensor, AdapterBank]]
 
 
-def set_adapter(model: Model, adapter_name: str) -> None:
+def set_adapter(model: Model, adapter_name: str, inference_mode: bool = False) -> None:
     """Make ``adapter_name`` the one that forward adds and that trains; the others are kept, frozen and off.
 
-    Switching does not touch the base or move memory. Megatron's DDP and optimizer hold the parameters that were trainable when
-    they were made: to train another adapter, make them anew (a warning says so).
+    Megatron's DDP and optimizer hold the parameters that were trainable when they were made: to train another adapter, make them
+    anew (a warning says so).
 
     A collective of the pipeline group, as are merging and unmerging.
+
+    Args:
+        inference_mode: PEFT's word for an adapter that is on and frozen, such as a reference; for a while only, use
+            :func:`use_adapter`.
 
     Raises:
         ValueError: there is no such adapter on any stage, or one is merged.
@@ -34,7 +41,7 @@ def set_adapter(model: Model, adapter_name: str) -> None:
     _check_not_merged(found)
     for bank in found:
         bank.active = adapter_name
-        freeze_all_but(bank, adapter_name)
+        freeze_all_but(bank, None if inference_mode else adapter_name)
     in_buffers = {hasattr(parameter, "main_grad") for bank in found for parameter in bank.parameters()}
     trained = [parameter for bank in found for parameter in bank.parameters() if parameter.requires_grad]
     if True in in_buffers and not all(hasattr(parameter, "main_grad") for parameter in trained):
@@ -42,8 +49,28 @@ def set_adapter(model: Model, adapter_name: str) -> None:
 
 
 @contextlib.contextmanager
+def use_adapter(model: Model, adapter_name: str) -> Iterator[None]:
+    """Another adapter, frozen as it is, while the context lasts, whatever ends it: a reference beside the one that trains.
+
+    What trains stays what it was: no parameter's ``requires_grad`` changes. A merged adapter is taken out for as long.
+
+    Raises:
+        ValueError: there is no such adapter on any stage.
+    """
+    check_adapter_exists(list(banks(model)), adapter_name)
+    with _only(model, adapter_name):
+        yield
+
+
+@contextlib.contextmanager
 def disable_adapter(model: Model) -> Iterator[None]:
     """The base model alone while the context lasts, whatever ends it: no adapter is added, and a merged one is taken out."""
+    with _only(model, None):
+        yield
+
+
+@contextlib.contextmanager
+def _only(model: Model, adapter_name: str | None) -> Iterator[None]:
     pairs = list(_pairs(model))
     before = [(bank, bank.active, bank.merged) for _, bank in pairs]
     row_scales = [bank.scale_of_merge for _, bank in pairs]
@@ -51,15 +78,48 @@ def disable_adapter(model: Model) -> Iterator[None]:
     _unmerge(pairs)
     try:
         for _, bank in pairs:
-            bank.active = None
+            bank.active = adapter_name
         yield
     finally:
+        left = {name for _, bank in pairs for name in bank.adapters}  # Some may have been deleted meanwhile.
         for bank, active, _ in before:
-            bank.active = active
-        merged = next((name for _, _, name in before if name is not None), None)
+            bank.active = active if active in left else None
+        merged = next((name for _, _, name in before if name in left), None)
         if merged is not None:
             _unmerge(pairs)
             _merge(pairs, merged, row_scales)
+
+
+def delete_adapter(model: Model, adapter_name: str) -> None:
+    """Take an adapter off the model for good; its name is free again. If it was on, none is on afterwards.
+
+    The base and the other adapters are not touched, and the parameters' memory is freed with the last reference to them. A
+    collective of the pipeline group.
+
+    Raises:
+        ValueError: there is no such adapter on any stage; it is merged; or it is being trained, and Megatron's DDP and optimizer
+            hold it: set another adapter first.
+    """
+    found = list(banks(model))
+    check_adapter_exists(found, adapter_name)
+    _check_not_merged(found)
+    adapters = [adapter for bank in found if (adapter := bank.adapter(adapter_name)) is not None]
+    trained = any(
+        parameter.requires_grad and hasattr(parameter, "main_grad")
+        for adapter in adapters
+        for parameter in adapter.parameters()
+    )
+    if union_over_stages({adapter_name} if trained else set()):
+        raise ValueError(
+            f"adapter {adapter_name!r} is being trained: DDP's gradient buffers and the optimizer hold it; set another one first"
+        )
+    for bank in found:
+        bank.delete(adapter_name)
+
+
+def adapter_names(model: Model) -> list[str]:
+    """The names of all adapters, sorted. A collective of the pipeline group."""
+    return sorted(union_over_stages({name for bank in banks(model) for name in bank.adapters}))
 
 
 def merge_adapter(model: Model, adapter_name: str = DEFAULT_ADAPTER) -> None:
@@ -89,6 +149,13 @@ def unmerge_adapter(model: Model) -> None:
     _unmerge(pairs)
 
 
+def sum_with_delta(weight: torch.Tensor, adapter: LinearAdapter, scale: torch.Tensor | None) -> torch.Tensor:
+    """``W + σ B A``, its rows times DoRA's ``scale``: a new float32 tensor [out_l, in_l] (float64 if one of them is)."""
+    delta = adapter.delta()
+    total = delta.add_(weight) if delta.dtype.itemsize >= weight.dtype.itemsize else weight + delta
+    return total if scale is None else total.mul_(scale[:, None])
+
+
 @torch.no_grad()
 def _scale(weight: torch.Tensor, adapter: LinearAdapter | None) -> torch.Tensor | None:
     """DoRA's factor of each row [out_l], a collective; None without DoRA."""
@@ -103,10 +170,9 @@ def _merge(pairs: Pairs, adapter_name: str, row_scales: Sequence[torch.Tensor | 
             adapter = bank.adapter(adapter_name)
             if adapter is not None:
                 kept = weight.detach().to("cpu", copy=True)
-                delta = adapter.delta()
+                total = sum_with_delta(weight, adapter, scale)
                 bank.weight_before_merge = kept
-                total = weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
-                weight.copy_(total if scale is None else total.mul_(scale[:, None]))
+                weight.copy_(total)
     except BaseException:
         _unmerge(pairs)  # Out of memory, say: all or nothing.
         raise

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import torch
 
-from mlora.checkpoint import CONFIG_FILE, load_checkpoint
 from mlora.config import LoraConfig
-from mlora.conversion import open_adapter
-from mlora.conversion.importing import Import, load_import, plan_import
 from mlora.pretrained import Pretrained
+from mlora.saved import SavedAdapter
 
 
 @dataclass(frozen=True)
@@ -18,13 +16,11 @@ class Start:
 
     Attributes:
         config: with which it is attached.
-        source: where its weights are; None for a new adapter.
-        plan: of importing them; None for a native checkpoint.
+        saved: where its weights are; None for a new adapter.
     """
 
     config: LoraConfig
-    source: Path | None = None
-    plan: Import | None = None
+    saved: SavedAdapter | None = None
 
     @classmethod
     def read(
@@ -41,15 +37,11 @@ class Start:
         Raises:
             FileNotFoundError, ValueError: it cannot be read, is for another base, or has a part that cannot be trained.
         """
-        state = open_adapter(path)
-        plan = plan_import(state, base) if state.format == "peft" else None
-        config = plan.config if plan else LoraConfig.from_json(state.source / CONFIG_FILE)
-        held = torch.promote_types(config.adapter_dtype or dtype, dtype)
-        return cls(replace(config, seed=seed, adapter_dtype=adapter_dtype or held), state.source, plan)
+        saved = SavedAdapter.open(path, base)
+        held = torch.promote_types(saved.config.adapter_dtype or dtype, dtype)
+        return cls(replace(saved.config, seed=seed, adapter_dtype=adapter_dtype or held), saved)
 
     def load(self, chunks: list[torch.nn.Module]) -> None:
         """Fill the attached adapter, on every rank, before the optimizer is made; a new one stays as it is."""
-        if self.plan is not None:
-            load_import(self.plan, chunks)
-        elif self.source is not None:
-            load_checkpoint(self.source, chunks)
+        if self.saved is not None:
+            self.saved.load(chunks)

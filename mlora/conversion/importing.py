@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mlora.adapter import SHARED, Factor
-from mlora.attach import factors
+from mlora.attach import DEFAULT_ADAPTER, factors
 from mlora.config import LoraConfig
 from mlora.conversion.peft_config import CONFIG_FILE, PeftConfig
 from mlora.conversion.peft_writer import peft_key, slots
@@ -179,7 +179,9 @@ def _check_same(state: AdapterState, config: LoraConfig, targets: Sequence[Targe
             )
 
 
-def load_import(plan: Import, model: torch.nn.Module | Sequence[torch.nn.Module]) -> None:
+def load_import(
+    plan: Import, model: torch.nn.Module | Sequence[torch.nn.Module], adapter_name: str = DEFAULT_ADAPTER
+) -> None:
     """Fill the adapter that :func:`mlora.apply` attached with ``plan.config``, on every rank and at any layout.
 
     Every rank reads the PEFT file. Load before the optimizer is made: it may keep float32 copies of the parameters.
@@ -187,7 +189,7 @@ def load_import(plan: Import, model: torch.nn.Module | Sequence[torch.nn.Module]
     Raises:
         ValueError: another adapter is attached, or a tensor is not finite; on every rank alike, and nothing has changed.
     """
-    held = list(factors(model))
+    held = list(factors(model, adapter_name))
     attached = union_over_stages({factor.name for factor in held if factor.name.endswith("lora_A")})
     wanted = {name for name in plan.matrices if name.endswith("lora_A")}
     if attached != wanted:

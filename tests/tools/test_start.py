@@ -131,4 +131,8 @@ def test_the_adapters_dtype_holds_the_files_and_the_models(
     tensors = {key: tensor.to(stored) for key, tensor in tensors_of((Q0, 2, 32, 32)).items()}
     write_adapter(tmp_path / "a", tensors, target_modules=[Q0])
     start = Start.read(tmp_path / "a", Pretrained.open(files / "base"), 7, model, asked)
-    assert (start.config.adapter_dtype, start.config.seed, start.source) == (wanted, 7, tmp_path / "a")
+    assert (start.config.adapter_dtype, start.config.seed, start.saved and start.saved.source) == (
+        wanted,
+        7,
+        tmp_path / "a",
+    )
