@@ -35,7 +35,7 @@ from parallel.optimizer import check_settings, saveable
 from parallel.optimizer import load as load_optimizer
 from parallel.random import random_states, restore_random_states
 from parallel.stages import as_chunks, union_over_stages
-from parallel.storage import Reader, read, write
+from parallel.storage import DamagedError, Reader, read, write
 from parallel.together import on_rank_zero, together
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ CONFIG_FILE = "adapter_config.json"
 INFO_FILE = "mlora.json"
 PREFIX = "adapter."
 FORMAT = 1
-_ITERATION = re.compile(r"iter_(\d{7,})")
+ITERATION = re.compile(r"iter_(\d{7,})")
 # The optimizer's layout in the file: one tensor a parameter, so that it loads at any layout.
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -161,8 +161,9 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: it is no checkpoint of mlora's.
-        ValueError: a file is missing or damaged; the adapter's keys or shapes differ from the model's, or a tensor is not finite;
-            the optimizer or the scheduler has other settings. What differs is named.
+        DamagedError: a file is missing or damaged.
+        ValueError: the adapter's keys or shapes differ from the model's, or a tensor is not finite; the optimizer or the scheduler
+            has other settings. What differs is named.
 
     Every error is raised on every rank alike, before anything in the model, the optimizer or the scheduler has changed.
     """
@@ -199,7 +200,7 @@ def load_checkpoint(
 def checkpoints(folder: str | Path) -> list[Path]:
     """The whole checkpoints in ``folder``, oldest first."""
     found = [
-        path for path in Path(folder).glob("iter_*") if _ITERATION.fullmatch(path.name) and (path / INFO_FILE).is_file()
+        path for path in Path(folder).glob("iter_*") if ITERATION.fullmatch(path.name) and (path / INFO_FILE).is_file()
     ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("iter_")))
 
@@ -221,7 +222,8 @@ def read_info(checkpoint: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: it is no checkpoint of mlora's.
-        ValueError: it cannot be read, or was written in another format.
+        DamagedError: it cannot be read.
+        ValueError: it was written in another format.
     """
     path = Path(checkpoint) / INFO_FILE
     if not path.is_file():
@@ -229,7 +231,7 @@ def read_info(checkpoint: str | Path) -> dict[str, Any]:
     try:
         info: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise DamagedError(f"{path} cannot be read: {error}") from error
     if info.get("format") != FORMAT:
         raise ValueError(f"{path}: format {info.get('format')!r}; this version reads format {FORMAT}")
     return info

@@ -50,6 +50,10 @@ _RECORDS = {
 }  # fmt: skip
 
 
+class DamagedError(ValueError):
+    """A file is missing, shorter than it was or holds other bytes than were written; it is named."""
+
+
 def write(state: Mapping[str, Any], folder: Path) -> None:
     """Write a state dict into an existing, empty folder that all ranks share. A collective of the world.
 
@@ -141,7 +145,8 @@ def read(state: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         ``state`` with CPU tensors and objects in their place, and with the plain values of the files.
 
     Raises:
-        ValueError: a file, a tensor or an object is missing, truncated or of another shape; it is named.
+        DamagedError: a file is missing, truncated or changed; it is named.
+        ValueError: a tensor or an object is missing or of another shape; it is named.
     """
     wanted, _ = extract_sharded_base(dict(state))
     with Reader(folder) as reader:
@@ -153,7 +158,8 @@ class Reader:
     """Reads tensors, whole or in pieces, and objects from the files of one folder, in one process.
 
     Raises:
-        ValueError: the folder's directory of tensors is missing, or is no such directory; a file of it is missing or short.
+        DamagedError: the folder's directory of tensors is missing, or is no such directory; a file of it is missing or short.
+        ValueError: it names a file elsewhere.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -251,7 +257,7 @@ class Reader:
             file.readinto(content)
             return self._loader.load(content)
         except Exception as error:
-            raise ValueError(f"{self.folder / place.relative_path}: {index.fqn} cannot be read: {error}") from error
+            raise DamagedError(f"{self.folder / place.relative_path}: {index.fqn} cannot be read: {error}") from error
 
     def _check_files(self) -> None:
         lengths: dict[str, int] = {}
@@ -262,9 +268,9 @@ class Reader:
             if name != path.name:
                 raise ValueError(f"{self.folder / DIRECTORY} names the file {name!r}, which is not in this folder")
             if not path.is_file():
-                raise ValueError(f"{path} is missing")
+                raise DamagedError(f"{path} is missing")
             if path.stat().st_size < length:
-                raise ValueError(f"{path} is truncated: {path.stat().st_size} bytes, expected {length}")
+                raise DamagedError(f"{path} is truncated: {path.stat().st_size} bytes, expected {length}")
 
 
 # Megatron-Core before 0.16 added a field to two of torch's records and gave them these names.
@@ -289,11 +295,11 @@ def _read_directory(path: Path) -> Metadata:
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise pickle.UnpicklingError("it is no directory of tensors")
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
+        raise DamagedError(f"{path} is missing") from None
     except OSError:
         raise
     except Exception as error:  # A damaged pickle can raise almost anything.
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise DamagedError(f"{path} cannot be read: {error}") from error
     return metadata
 
 

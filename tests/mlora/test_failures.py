@@ -264,16 +264,16 @@ def _edit(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "no checkpoint": (shutil.rmtree, "FileNotFoundError", "no mlora checkpoint: it has no mlora.json"),
     "no information": (lambda path: (path / INFO_FILE).unlink(), "FileNotFoundError", "has no mlora.json"),
-    "cut information": (lambda path: os.truncate(path / INFO_FILE, 50), "ValueError", "mlora.json cannot be read"),
-    "no object": (lambda path: (path / INFO_FILE).write_text("3"), "ValueError", "mlora.json cannot be read"),
+    "cut information": (lambda path: os.truncate(path / INFO_FILE, 50), "DamagedError", "mlora.json cannot be read"),
+    "no object": (lambda path: (path / INFO_FILE).write_text("3"), "DamagedError", "mlora.json cannot be read"),
     "later format": (
         lambda path: _edit(path, lambda info: info.update(format=2)),
         "ValueError",
         "format 2; this version",
     ),
-    "missing file": (lambda path: (path / "__1_0.distcp").unlink(), "ValueError", "__1_0.distcp is missing"),
-    "cut file": (lambda path: os.truncate(path / "__1_0.distcp", 900), "ValueError", "__1_0.distcp is truncated"),
-    "no directory": (lambda path: (path / ".metadata").unlink(), "ValueError", ".metadata is missing"),
+    "missing file": (lambda path: (path / "__1_0.distcp").unlink(), "DamagedError", "__1_0.distcp is missing"),
+    "cut file": (lambda path: os.truncate(path / "__1_0.distcp", 900), "DamagedError", "__1_0.distcp is truncated"),
+    "no directory": (lambda path: (path / ".metadata").unlink(), "DamagedError", ".metadata is missing"),
 }
 OTHER_ADAPTERS: dict[str, tuple[LoraConfig, list[str]]] = {
     "missing": (
