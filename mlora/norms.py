@@ -78,7 +78,7 @@ def _of_linear(adapter: LinearAdapter, weight: torch.Tensor) -> Iterator[tuple[s
         split = [pair[1 - layout.partition_dim] for pair in grams]
         sums = torch.cat([*(gram.flatten() for gram in split), torch.stack([squares[part] for part in adapter.parts])])
         sums = all_reduce_(sums, layout.group)
-        *wholes, square = sums.split([*(gram.numel() for gram in split), len(adapter.parts)])
+        *wholes, square = torch.split(sums, [*(gram.numel() for gram in split), len(adapter.parts)])
         for gram, whole in zip(split, wholes, strict=True):
             gram.copy_(whole.view_as(gram))
         squares = dict(zip(adapter.parts, square, strict=True))

@@ -36,6 +36,18 @@ def on_rank_zero(work: Callable[[], None]) -> None:
     together(lambda: work() if dist.get_rank() == 0 else None)
 
 
+def only_rank_zero(make: Callable[[], T]) -> T | None:
+    """:func:`together` for what rank 0 alone shall have; None on the others."""
+    return together(lambda: make() if dist.get_rank() == 0 else None)
+
+
+def from_rank_zero(find: Callable[[], T]) -> T:
+    """:func:`together` for what rank 0 finds out for all; it is pickled."""
+    found = [only_rank_zero(find)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]  # type: ignore[return-value]
+
+
 def raise_for(rank: int, error: BaseException) -> None:
     """Raise the error of ``rank`` on this rank."""
     error.add_note(f"(on rank {rank})")

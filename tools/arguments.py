@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from mlora_tools.implementation import Implementation
 from mlora_tools.lora import Lora
-from mlora_tools.options import Help, UsageError, parse
+from mlora_tools.options import Help, UsageError, check_at_least, check_positive, parse
+from mlora_tools.reports import Reports
 from parallel.sizes import ParallelSizes
 
 DESCRIPTION = """Fine-tune a Hugging Face model with LoRA on Megatron-Core.
@@ -20,7 +21,7 @@ DESCRIPTION = """Fine-tune a Hugging Face model with LoRA on Megatron-Core.
   several ranks  torchrun --nproc-per-node 4 tools/finetune_lora.py ... --tensor-model-parallel-size 2
 
 OUTPUT gets checkpoints/ (sharded, to resume from), peft/ (the adapter for Hugging Face PEFT, at the end of training),
-metrics.jsonl, tensorboard/, loss.png and config.json."""
+metrics.jsonl, tensorboard/, loss.png, config.json and ranks.json; `mlora-report OUTPUT` shows them as one page."""
 
 _RECOMPUTABLE = ("core_attn", "mlp")
 
@@ -35,9 +36,14 @@ class Inputs:
     ]
     eval_data: Annotated[tuple[Path, ...], Help("JSONL to evaluate on", "FILE")] = ()
     output: Annotated[Path, Help("directory to make; one with content is refused", "DIR")]
-    resume: Annotated[bool, Help("go on from the newest checkpoint in OUTPUT, at this or another parallel layout")] = (
-        False
-    )
+    resume: Annotated[
+        bool,
+        Help(
+            "go on from the newest whole checkpoint in OUTPUT, at this or another parallel layout, or start where there is none; "
+            "ranks that torchrun starts anew do so by themselves"
+        ),
+    ] = False
+    exit_on_missing_checkpoint: Annotated[bool, Help("with --resume: no checkpoint in OUTPUT is an error")] = False
     resume_from_peft: Annotated[
         Path | None,
         Help(
@@ -45,6 +51,10 @@ class Inputs:
         ),
     ] = None
     config: Annotated[Path | None, Help("YAML or JSON with these options' names; the command line wins", "FILE")] = None
+
+    def __post_init__(self) -> None:
+        if self.exit_on_missing_checkpoint and not self.resume:
+            raise UsageError("--exit-on-missing-checkpoint goes with --resume")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +76,8 @@ class Layout:
     distributed_timeout_minutes: Annotated[float, Help("after which a collective without its peers is an error")] = 10.0
 
     def __post_init__(self) -> None:
-        _check_at_least(1, self, "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
-        _check_positive(self, "distributed_timeout_minutes")
+        check_at_least(1, self, "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
+        check_positive(self, "distributed_timeout_minutes")
         if self.num_layers_per_virtual_pipeline_stage and self.num_virtual_stages_per_pipeline_rank:
             raise UsageError(
                 "--num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank say the same thing: "
@@ -125,9 +135,9 @@ class Batches:
 
     def __post_init__(self) -> None:
         names = ("micro_batch_size", "global_batch_size", "seq_length", "train_iters", "recompute_num_layers")
-        _check_at_least(1, self, *names)
-        _check_at_least(0, self, "seed")
-        _check_positive(self, "train_epochs")
+        check_at_least(1, self, *names)
+        check_at_least(0, self, "seed")
+        check_positive(self, "train_epochs")
         if self.train_iters and self.train_epochs:
             raise UsageError("--train-iters and --train-epochs say the same thing: give one of them")
         self._check_recompute()
@@ -182,9 +192,9 @@ class Schedule:
     adam_eps: Annotated[float, Help("beside the second moment's root")] = 1e-8
 
     def __post_init__(self) -> None:
-        _check_positive(self, "lr", "lora_plus_ratio", "adam_eps")
-        _check_at_least(0, self, "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2")
-        _check_at_least(1, self, "lr_decay_iters")
+        check_positive(self, "lr", "lora_plus_ratio", "adam_eps")
+        check_at_least(0, self, "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2")
+        check_at_least(1, self, "lr_decay_iters")
         if self.min_lr > self.lr:
             raise UsageError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
         for name in ("adam_beta1", "adam_beta2"):
@@ -217,27 +227,6 @@ class Schedule:
             "decay_iters": decay,
             "decay_style": self.lr_decay_style,
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reports:
-    """evaluation, checkpoints and logs"""
-
-    eval_interval: Annotated[
-        int | None, Help("iterations between evaluations (default: before and after training only)")
-    ] = None
-    eval_iters: Annotated[int | None, Help("global batches of an evaluation (default: all of --eval-data)")] = None
-    save_interval: Annotated[int | None, Help("iterations between checkpoints (default: at the end only)")] = None
-    keep_last: Annotated[int | None, Help("checkpoints to keep (default: all)")] = None
-    exit_interval: Annotated[int | None, Help("save and exit after an iteration that this divides")] = None
-    log_interval: Annotated[
-        int, Help("iterations between lines of the log, where there is no terminal for a progress bar")
-    ] = 10
-    tensorboard_dir: Annotated[Path | None, Help("default: OUTPUT/tensorboard", "DIR")] = None
-
-    def __post_init__(self) -> None:
-        names = ("eval_interval", "eval_iters", "save_interval", "keep_last", "exit_interval", "log_interval")
-        _check_at_least(1, self, *names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,17 +303,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(part) for part in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _check_at_least(least: int, options: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not (value >= least and math.isfinite(value)):
-            raise UsageError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-
-
-def _check_positive(options: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UsageError(f"--{name.replace('_', '-')} {value} must be above 0")

@@ -23,17 +23,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging(rank)
     with one_line_errors(rank) as outcome:
         arguments = Arguments.parse(argv)
-        _check_installed()
+        _check_installed(arguments)
         from mlora_tools.run import finetune  # Here, because it imports torch and Megatron, which takes seconds.
 
         finetune(arguments)
     return outcome.code
 
 
-def _check_installed() -> None:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"{', '.join(missing)} not installed: pip install 'megatron-mlora[train]'")
+def _check_installed(arguments: Arguments) -> None:
+    extras = {"train": _NEEDED, "wandb": ("wandb",) if arguments.reports.wandb_project else ()}
+    for extra, names in extras.items():
+        missing = [name for name in names if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UsageError(f"{', '.join(missing)} not installed: pip install 'megatron-mlora[{extra}]'")
 
 
 def _set_up_logging(rank: int) -> None:

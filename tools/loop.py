@@ -1,20 +1,28 @@
 """The training loop: steps, evaluations, checkpoints, and when to stop."""
 
+import contextlib
+import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mlora.checkpoint import Training, save_checkpoint
+from mlora.norms import adapter_norms
 from mlora.sft.batches import BatchPlan, EvalPlan
 from mlora.sft.feed import Feed
 from mlora.train import Trainer
-from mlora_tools.arguments import Reports
 from mlora_tools.data import Dataset
 from mlora_tools.interruption import Interruption
 from mlora_tools.metrics import Metrics
 from mlora_tools.progress import Progress
+from mlora_tools.reports import Reports
+from mlora_tools.topology import write_ranks
+from parallel.memory import peak_memory
+from parallel.traffic import Traffic
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,9 @@ class Loop:
         train: what to train on.
         heldout: what to evaluate on, if anything.
         reports: intervals.
+        device: this rank's.
         checkpoints: folder of the checkpoints.
+        ranks: file for who the ranks are and what they send in the first step.
         base: facts of the base model, for the checkpoints.
         start, end: iterations done before, and in the end.
         evaluated: iterations that were evaluated before.
@@ -56,7 +66,9 @@ class Loop:
         heldout: EvalData | None,
         reports: Reports,
         *,
+        device: torch.device,
         checkpoints: Path,
+        ranks: Path,
         base: Mapping[str, Any],
         start: int,
         end: int,
@@ -66,7 +78,9 @@ class Loop:
         self.train = train
         self.heldout = heldout
         self.reports = reports
+        self.device = device
         self.checkpoints = checkpoints
+        self.ranks = ranks
         self.base = base
         self.start, self.end = start, end
         self.iteration = start
@@ -94,10 +108,14 @@ class Loop:
 
     def _step(self) -> None:
         indices = self.train.plan.rows(self.iteration)
+        is_first = self.iteration == self.start
         began = time.perf_counter()
-        result = self.trainer.step(self.train.feed.batch(indices), self.iteration)
+        with Traffic() if is_first else contextlib.nullcontext() as traffic:
+            result = self.trainer.step(self.train.feed.batch(indices), self.iteration)
         seconds = time.perf_counter() - began
         self.iteration += 1
+        if traffic is not None:
+            write_ranks(self.ranks, self.device, self.iteration, traffic)
         tokens = int(self.train.dataset.tokens[indices].sum())
         record = {
             "iteration": self.iteration,
@@ -108,10 +126,20 @@ class Loop:
             "target_tokens": result.target_tokens,
             "seconds": round(seconds, 6),
             "tokens_per_second": round(tokens / seconds, 1),
+            "peak_memory": peak_memory(self.device),
         }
         if self.metrics and self.progress:
             self.metrics.add(record)
             self.progress.step(record)
+        self._measure_if_due()
+
+    def _measure_if_due(self) -> None:
+        if not _divides(self.reports.log_adapter_norms_interval or None, self.iteration):
+            return
+        norms = adapter_norms(self.trainer.chunks)
+        if self.metrics:
+            record = {projection: dataclasses.asdict(norm) for projection, norm in norms.items()}
+            self.metrics.add({"iteration": self.iteration, "adapter_norms": record})
 
     def _evaluate_if_due(self, interruption: Interruption) -> None:
         due = self.iteration in (0, self.end) or _divides(self.reports.eval_interval, self.iteration)

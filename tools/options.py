@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 from mlora.options import Help, Kind, UsageError, add_group, flag
 
-__all__ = ["Help", "UsageError", "parse"]
+__all__ = ["Help", "UsageError", "check_at_least", "check_positive", "parse"]
 
 CONFIG_OPTION = "config"
 
@@ -128,3 +129,19 @@ def _near(name: str, names: Sequence[str]) -> str:
     bare = {candidate.removeprefix("--"): candidate for candidate in names}  # Dashes would make everything look alike.
     near = difflib.get_close_matches(name.removeprefix("--"), bare, n=2, cutoff=0.7)
     return f"; did you mean {' or '.join(bare[match] for match in near)}?" if near else ""
+
+
+def check_at_least(least: float, options: Any, *names: str) -> None:
+    """Raises UsageError if a field of a dataclass of options is below ``least`` or not finite; None is neither."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not (value >= least and math.isfinite(value)):
+            raise UsageError(f"{flag(name)} {value} must be at least {least}")
+
+
+def check_positive(options: Any, *names: str) -> None:
+    """Raises UsageError if a field of a dataclass of options is not above 0 or not finite; None is."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UsageError(f"{flag(name)} {value} must be above 0")

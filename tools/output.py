@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import platform
 from collections.abc import Mapping
@@ -9,7 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mlora.checkpoint import latest_checkpoint
+from mlora_tools.resumption import Resumption
+from parallel.storage import naming
+
+logger = logging.getLogger(__name__)
 
 _VERSIONS = ("megatron-mlora", "torch", "megatron-core", "transformers", "tokenizers", "numpy", "safetensors")
 _DIGESTS = ("--model", "--data", "--eval-data")  # Settings of which a digest stands for the content.
@@ -31,29 +35,43 @@ class Output:
         self.tensorboard = path / "tensorboard"
         self.plot = path / "loss.png"
         self.config = path / "config.json"
+        self.ranks = path / "ranks.json"
+        self.wandb = path / "wandb"
+        self.resumption = Resumption(self.checkpoints)
 
-    def check(self, resume: bool) -> Path | None:
-        """The checkpoint to resume from, or None for a new run.
+    def check(self, resume: bool, must_exist: bool = False) -> Path | None:
+        """The checkpoint to resume from, or None for a new run, also one that was stopped before it had a checkpoint.
+
+        Args:
+            resume: go on with what is there.
+            must_exist: which has to be a checkpoint.
 
         Raises:
-            FileExistsError: a new run, and there is something in the directory.
-            FileNotFoundError: a run to resume, and there is nothing to resume from.
+            FileExistsError: a new run, and there is something in the directory; a run to resume, and what is there is none.
+            FileNotFoundError: there is nothing to resume from, where that is demanded, or no ``config.json`` to it.
             NotADirectoryError: the path is a file's.
+            DamagedError: there are checkpoints, and none of them is whole.
         """
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"--output {self.path} is a file")
+        has_content = self.path.exists() and any(self.path.iterdir())
         if not resume:
-            if self.path.exists() and any(self.path.iterdir()):
+            if has_content:
                 raise FileExistsError(
                     f"--output {self.path} exists and is not empty: give another one, or --resume to go on with it"
                 )
             return None
-        try:
-            checkpoint = latest_checkpoint(self.checkpoints)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"--resume: there is no checkpoint in {self.checkpoints}") from None
-        if not self.config.is_file():
+        checkpoint = self.resumption.newest()
+        if checkpoint is None and must_exist:
+            raise FileNotFoundError(f"--resume: there is no checkpoint in {self.checkpoints}")
+        if checkpoint is not None and not self.config.is_file():
             raise FileNotFoundError(f"--resume: {self.config}, which says what the run used, is missing")
+        if checkpoint is None and has_content and not self.config.is_file():
+            raise FileExistsError(
+                f"--resume: {self.path} is not empty, and what is in it is no run: give another --output"
+            )
+        if checkpoint is None:
+            logger.warning("nothing to resume in %s: the run starts at iteration 0", self.path)
         return checkpoint
 
     def read_config(self) -> dict[str, Any]:
@@ -73,13 +91,7 @@ class Output:
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Make the directory and ``config.json`` in it, which appears whole."""
         self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.config.with_name(self.config.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(config, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.config)
+        write_json(self.config, config)
 
     def check_visible(self) -> None:
         """Raises FileNotFoundError on a rank that does not see what rank 0 wrote."""
@@ -87,7 +99,9 @@ class Output:
             raise FileNotFoundError(f"{self.config} is not here: --output must be on storage that all hosts share")
 
     def check_same(self, settings: Mapping[str, Any]) -> None:
-        """Raises ValueError if a resumed run would not be the run that was started; what differs is named."""
+        """Raises ValueError if a resumed run would not be the run that was started, if one was; what differs is named."""
+        if not self.config.is_file():
+            return
         before = self.read_config()["settings"]
         now = json.loads(json.dumps(settings))
         changes = [
@@ -97,6 +111,21 @@ class Output:
         ]
         if changes:
             raise ValueError(f"--resume: the run in {self.path} was started with other settings: {'; '.join(changes)}")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file that appears whole.
+
+    Raises:
+        OSError: it cannot be written; it is named.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with naming(partial), partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def _change(name: str, before: Any, now: Any) -> str:

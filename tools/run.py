@@ -7,18 +7,17 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 import mlora
-from mlora.checkpoint import Training, latest_checkpoint, load_checkpoint, read_info
+from mlora.checkpoint import latest_checkpoint, read_info
 from mlora.config import LoraConfig
 from mlora.conversion import open_adapter
+from mlora.conversion.importing import base_projections
 from mlora.conversion.peft_writer import write_peft
 from mlora.conversion.profiles import DTYPES, peft_adapter
 from mlora.model import build_model
@@ -26,6 +25,7 @@ from mlora.pretrained import Pretrained
 from mlora.sft.batches import BatchPlan, EvalPlan
 from mlora.sft.feed import Feed
 from mlora.spec import TransformerImpl
+from mlora.targets import select
 from mlora.train import OptimizerSettings, Trainer
 from mlora_tools.arguments import Arguments
 from mlora_tools.data import Dataset, load_data, open_tokenizer
@@ -36,10 +36,13 @@ from mlora_tools.options import UsageError
 from mlora_tools.output import Output, model_digest, versions
 from mlora_tools.plot import plot_losses
 from mlora_tools.progress import Progress
+from mlora_tools.reports import Reports
+from mlora_tools.resumption import is_restart
 from mlora_tools.start import Start
+from mlora_tools.weights_and_biases import WandbRun
 from parallel.launch import distributed
 from parallel.sizes import ParallelSizes
-from parallel.together import on_rank_zero, together
+from parallel.together import from_rank_zero, on_rank_zero, only_rank_zero, together
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +51,6 @@ _OPTIONS = {
     "decay_iters": "--lr-decay-iters",
     "decay_style": "--lr-decay-style",
 }
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,15 +110,18 @@ def _finetune(
     arguments: Arguments, base: Pretrained, sizes: ParallelSizes, adapter: Start, device: torch.device
 ) -> None:
     output = Output(arguments.inputs.output)
-    checkpoint = _from_rank_zero(lambda: output.check(arguments.inputs.resume))
+    resume = arguments.inputs.resume or is_restart()
+    checkpoint = from_rank_zero(lambda: output.check(resume, arguments.inputs.exit_on_missing_checkpoint))
     setting = together(lambda: _setting(arguments, base, sizes, adapter))
+    on_rank_zero(lambda: output.check_same(setting.settings))
     if checkpoint is not None:
-        on_rank_zero(lambda: output.check_same(setting.settings))
-    start = 0 if checkpoint is None else int(_from_rank_zero(lambda: read_info(checkpoint))["iteration"])
-    if start > setting.iterations:
-        raise UsageError(f"--resume: {checkpoint} is beyond the last iteration, {setting.iterations}")
-    trainer = _trainer(setting, checkpoint, start)
+        reached = int(from_rank_zero(lambda: read_info(checkpoint))["iteration"])
+        if reached > setting.iterations:
+            raise UsageError(f"--resume: {checkpoint} is beyond the last iteration, {setting.iterations}")
+    trainer = _trainer(setting, is_new=checkpoint is None)
+    start = 0 if checkpoint is None else output.resumption.load(checkpoint, trainer)
     parameters = mlora.parameter_counts(trainer.chunks)
+    on_rank_zero(output.resumption.set_aside)
     on_rank_zero(lambda: output.write_config(_config(setting, output, start, parameters, device)))
     together(output.check_visible)
     _run(setting, trainer, output, start, device)
@@ -141,6 +145,7 @@ def _setting(arguments: Arguments, base: Pretrained, sizes: ParallelSizes, adapt
         logger.warning(
             "--seq-length %d is more than the %d that the base model was made for", batches.seq_length, longest
         )
+    select(base_projections(base), adapter.config)  # A misspelt target is seen before the base is read.
     iterations = batches.iterations(len(train.rows))
     optimizer = OptimizerSettings(**arguments.schedule.optimizer(iterations))
     settings = {
@@ -160,8 +165,8 @@ def _setting(arguments: Arguments, base: Pretrained, sizes: ParallelSizes, adapt
     return Setting(arguments, base, sizes, adapter, optimizer, train, heldout, iterations, settings, transformer_impl)
 
 
-def _trainer(setting: Setting, checkpoint: Path | None, start: int) -> Trainer:
-    """The adapted model and its optimizer, as new or as the checkpoint has them."""
+def _trainer(setting: Setting, is_new: bool) -> Trainer:
+    """The adapted model and its optimizer, as a new run starts with them or ready to load a checkpoint."""
     batches = setting.arguments.batches
     dtype = _dtype(setting.arguments)
     chunks = together(
@@ -176,29 +181,24 @@ def _trainer(setting: Setting, checkpoint: Path | None, start: int) -> Trainer:
         )
     )
     mlora.apply(chunks, setting.adapter.config, family=setting.base.family)
-    if checkpoint is None:
+    if is_new:
         setting.adapter.load(chunks)
-    trainer = Trainer(chunks, setting.optimizer)
-    if checkpoint is not None:
-        training = Training(trainer.optimizer, trainer.scheduler, {})
-        state = load_checkpoint(checkpoint, chunks, training=training)
-        if state["iteration"] != start:
-            raise ValueError(f"{checkpoint}: its training state is of iteration {state['iteration']}")
-        logger.info("resumed from %s", checkpoint)
-    return trainer
+    return Trainer(chunks, setting.optimizer)
 
 
 def _run(setting: Setting, trainer: Trainer, output: Output, start: int, device: torch.device) -> None:
     """Trains, and writes what is to be written at the end."""
     reports = setting.arguments.reports
     tensorboard = reports.tensorboard_dir or output.tensorboard
-    metrics = _only_rank_zero(lambda: Metrics(output.metrics, tensorboard, start))
-    evaluated = _from_rank_zero(lambda: metrics.evaluated if metrics else set())
+    metrics = only_rank_zero(lambda: Metrics(output.metrics, tensorboard, start, _sink(reports, output)))
+    evaluated = from_rank_zero(lambda: metrics.evaluated if metrics else set())
     loop = Loop(
         trainer,
         *_data(setting, device),
         reports,
+        device=device,
         checkpoints=output.checkpoints,
+        ranks=output.ranks,
         base={"path": str(setting.base.path), "model_type": setting.base.family.model_type},
         start=start,
         end=setting.iterations,
@@ -212,6 +212,13 @@ def _run(setting: Setting, trainer: Trainer, output: Output, start: int, device:
                 loop.metrics, loop.progress = metrics, progress
                 loop.run(interruption)
     on_rank_zero(lambda: _conclude(loop, output))
+
+
+def _sink(reports: Reports, output: Output) -> WandbRun | None:
+    if reports.wandb_project is None:
+        return None
+    name = reports.wandb_exp_name or output.path.resolve().name
+    return WandbRun(reports.wandb_project, name, output.path, output.read_config())
 
 
 def _data(setting: Setting, device: torch.device) -> tuple[TrainData, EvalData | None]:
@@ -287,20 +294,8 @@ def _config(
         "eval_data": setting.heldout.facts if setting.heldout else None,
         "lora": setting.adapter.config.to_dict(),
         "parameters": {"trainable": trainable, "total": total},
-        "starts": [*(output.read_config()["starts"] if start else []), this_start],
+        "starts": [*(output.read_config()["starts"] if output.config.is_file() else []), this_start],
     }
-
-
-def _only_rank_zero(make: Callable[[], T]) -> T | None:
-    """What ``make`` gives on rank 0, None on the others; an error there is every rank's."""
-    return together(lambda: make() if dist.get_rank() == 0 else None)
-
-
-def _from_rank_zero(find: Callable[[], T]) -> T:
-    """What ``find`` gives on rank 0, on every rank."""
-    found = [_only_rank_zero(find)]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]  # type: ignore[return-value]
 
 
 def _flag(name: str) -> str:

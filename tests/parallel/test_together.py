@@ -3,7 +3,7 @@
 import pytest
 
 from parallel.sizes import ParallelSizes
-from parallel.together import on_rank_zero, together
+from parallel.together import from_rank_zero, on_rank_zero, only_rank_zero, together
 from tests.ranks import run_ranks
 
 
@@ -31,6 +31,10 @@ def _outcomes(rank: int) -> list[tuple[str, str, list[str]]]:
     done: list[int] = []
     on_rank_zero(lambda: done.append(rank))
     assert done == [0][rank:]
+    assert only_rank_zero(lambda: [*done, 5]) == ([0, 5] if rank == 0 else None)
+    assert from_rank_zero(lambda: [*done, rank]) == [0, 0]
+    with pytest.raises(KeyError):
+        from_rank_zero(lambda: _raise(KeyError("nothing")))
     return found
 
 

@@ -174,6 +174,6 @@ def metrics(output: Path) -> list[dict[str, Any]]:
     """The records of a run, without what differs from run to run."""
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in record.items() if key not in ("seconds", "tokens_per_second")}
+        {key: value for key, value in record.items() if key not in ("seconds", "tokens_per_second", "peak_memory")}
         for record in records
     ]

@@ -1,5 +1,6 @@
 """The trainer from its command line to its files, on forked ranks: layouts, stops, resumptions, failures."""
 
+import importlib.util
 import json
 import resource
 import shutil
@@ -50,6 +51,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 SEVEN = (
     *("--train-iters", 7, "--eval-interval", 3, "--save-interval", 3, "--lora-dropout", 0.1, "--packing"),
     *("--lr-decay-style", "cosine", "--lr-warmup-iters", 2, "--lora-plus-ratio", 4, "--keep-last", 2),
+    *("--log-adapter-norms-interval", 3),
 )
 
 
@@ -79,17 +81,20 @@ def half(files: Files) -> Path:
 
 def close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> bool:
     """Equal records but for the rounding of another order of sums."""
-    assert [record.keys() for record in ours] == [record.keys() for record in theirs]
-    return all(
-        value == pytest.approx(other[key], rel=1e-4)
-        for record, other in zip(ours, theirs, strict=True)
-        for key, value in record.items()
-    )
+    return [flat(record) for record in ours] == [pytest.approx(flat(record), rel=1e-4) for record in theirs]
+
+
+def flat(record: dict[str, Any]) -> dict[str, float]:
+    """A record's numbers by name, those of each projection too."""
+    norms = record.get("adapter_norms", {})
+    return {key: value for key, value in record.items() if key != "adapter_norms"} | {
+        f"{projection} {name}": norm for projection, values in norms.items() for name, norm in values.items()
+    }
 
 
 def test_everything_promised_is_there(straight: Path) -> None:
     assert sorted(path.name for path in straight.iterdir()) == [
-        "checkpoints", "config.json", "loss.png", "metrics.jsonl", "peft", "tensorboard"
+        "checkpoints", "config.json", "loss.png", "metrics.jsonl", "peft", "ranks.json", "tensorboard"
     ]  # fmt: skip
     assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == ["iter_0000006", "iter_0000007"]
     records = metrics(straight)
@@ -98,6 +103,11 @@ def test_everything_promised_is_there(straight: Path) -> None:
     assert [round(record["lr"], 9) for record in records if "lr" in record][:3] == [0, 0.01, 0.02]
     evaluations = [record["eval_loss"] for record in records if "eval_loss" in record]
     assert evaluations == sorted(evaluations, reverse=True)
+    norms = {record["iteration"]: record["adapter_norms"] for record in records if "adapter_norms" in record}
+    assert norms.keys() == {3, 6} and len(norms[3]) == 4 * 7  # layers and projections
+    grown = [norms[number]["model.layers.3.mlp.down_proj"]["BA"] for number in (3, 6)]
+    assert 0 < grown[0] < grown[1]
+    assert all(json.loads(line).get("peak_memory", 1) > 0 for line in (straight / "metrics.jsonl").open())
     config = json.loads((straight / "config.json").read_text())
     assert config["parameters"]["trainable"] == sum(
         tensor.numel() for tensor in load_file(straight / "peft" / "adapter_model.safetensors").values()
@@ -126,6 +136,23 @@ def test_every_layout_and_micro_batch_gives_the_same_run(
     ranks = run(size, [*files.given, *SEVEN, *layout, "--output", tmp_path / "run"], tmp_path / "log")
     assert [rank.code for rank in ranks] == [0] * size, ranks[0].text
     assert close(metrics(tmp_path / "run"), metrics(straight))
+
+
+def test_who_the_ranks_are_and_what_they_send(straight: Path) -> None:
+    told = json.loads((straight / "ranks.json").read_text())
+    assert told["iteration"] == 1 and [rank["rank"] for rank in told["ranks"]] == [0, 1, 2, 3]
+    assert [(rank["tensor"], rank["pipeline"], rank["data"]) for rank in told["ranks"]] == [
+        (0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)
+    ]  # fmt: skip
+    for rank in told["ranks"]:
+        assert rank["host"] and rank["device"] == "cpu"
+        sent = {(flow["kind"], flow["axis"], flow["direction"]): flow for flow in rank["collectives"]}
+        gathered = sent["all_gather", "tensor model parallel", "forward"]
+        assert gathered["size"] == 2 and gathered["count"] > 0 and gathered["bytes"] > gathered["count"]
+        # Four micro batches of 2 x 24 tokens of 32 float32 features, between two stages.
+        kind, direction = ("send", "forward") if rank["pipeline"] == 0 else ("recv", "forward")
+        between = [flow for key, flow in sent.items() if key[0] == kind and "pipeline" in key[1]]
+        assert between and all(flow["bytes"] == flow["count"] * 2 * 24 // 2 * 32 * 4 for flow in between), sent
 
 
 def test_packing_changes_nothing_about_a_sample(files: Files, straight: Path, tmp_path: Path) -> None:
@@ -289,7 +316,7 @@ def words(*given: Any) -> Callable[[Path], list[Any]]:
         (2, truncated_weights, 1, ".safetensors cannot be read"),
         (1, no_tokenizer, 1, "has no tokenizer that can be loaded"),
         (2, full_output, 1, "run exists and is not empty"),
-        (2, words("--resume"), 1, "--resume: there is no checkpoint in"),
+        (2, words("--resume", "--exit-on-missing-checkpoint"), 1, "--resume: there is no checkpoint in"),
         (1, config_file, 2, "c.yaml: unknown key 'lora-rnak'; did you mean lora_rank?"),
         (
             2,
@@ -351,6 +378,21 @@ def test_the_last_iteration_may_not_lie_before_the_checkpoint(files: Files, half
 def test_wrong_options_fail_in_this_process_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--lora-rnak", "8"]) == 2
     assert capsys.readouterr().err == "error: unknown option --lora-rnak; did you mean --lora-rank?\n"
+
+
+def test_a_library_that_an_option_needs_is_named_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("wandb", "tqdm") else find_spec(name)
+    )
+    argv = ["--model", "m", "--data", "d.jsonl", "--output", "o"]
+    assert main(argv) == 2
+    assert capsys.readouterr().err == "error: tqdm not installed: pip install 'megatron-mlora[train]'\n"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    assert main([*argv, "--wandb-project", "p"]) == 2
+    assert capsys.readouterr().err == "error: wandb not installed: pip install 'megatron-mlora[wandb]'\n"
 
 
 def test_a_run_from_a_configuration_file(files: Files, tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from mlora_tools.output import Output, model_digest, versions
+from parallel.storage import DamagedError
 
 
 def with_checkpoint(path: Path, settings: dict[str, Any]) -> Output:
-    """A run that has a checkpoint."""
+    """A run that has a checkpoint, of which only the small files are there."""
     output = Output(path)
     output.write_config({"settings": settings, "starts": []})
     checkpoint = output.checkpoints / "iter_0000003"
@@ -28,16 +29,29 @@ def test_a_new_run_needs_an_empty_place(tmp_path: Path) -> None:
         Output(tmp_path).check(resume=False)
     with pytest.raises(NotADirectoryError, match="is a file"):
         Output(tmp_path / "file").check(resume=False)
+    with pytest.raises(FileExistsError, match="not empty, and what is in it is no run"):
+        Output(tmp_path).check(resume=True)
 
 
-def test_a_resumed_run_needs_a_checkpoint_and_its_settings(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
-        Output(tmp_path / "none").check(resume=True)
+def test_where_nothing_is_saved_a_resumed_run_starts_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    none, killed = Output(tmp_path / "none"), Output(tmp_path / "killed")
+    killed.write_config({"settings": {}, "starts": []})
+    for output in (none, killed):
+        assert output.check(resume=True) is None
+        assert f"nothing to resume in {output.path}: the run starts at iteration 0" in caplog.text
+        with pytest.raises(FileNotFoundError, match="--resume: there is no checkpoint in"):
+            output.check(resume=True, must_exist=True)
+    killed.check_same({})
+    none.check_same({"--lr": 1})  # Of a run that was never started.
+
+
+def test_a_checkpoint_that_is_not_whole_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = with_checkpoint(tmp_path / "run", {})
-    assert output.check(resume=True) == output.checkpoints / "iter_0000003"
-    output.config.unlink()
-    with pytest.raises(FileNotFoundError, match=r"config\.json, which says what the run used, is missing"):
+    with pytest.raises(DamagedError, match=r"no checkpoint in .* is whole.*adapter_config\.json is missing"):
         output.check(resume=True)
+    assert "checkpoint iter_0000003 is damaged and is passed over: " in caplog.text
 
 
 def test_changed_settings_are_named(tmp_path: Path) -> None:
