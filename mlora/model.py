@@ -160,7 +160,8 @@ def _config(
     }
     if transformer_impl != "local":
         decided |= _windows(architecture)
-        chosen |= {"bias_activation_fusion": True, "bias_dropout_fusion": True, "apply_rope_fusion": True}
+        gated_silu = architecture.transformer["activation_func"] is torch.nn.functional.silu
+        chosen |= {"bias_activation_fusion": gated_silu, "bias_dropout_fusion": True, "apply_rope_fusion": True}
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype}; it can be {', '.join(map(str, _DTYPES))}")
     known = {field.name for field in fields(TransformerConfig)}

@@ -194,7 +194,7 @@ def pieces(chunks: Sequence[torch.nn.Module], what: str = "weight", adapter_name
         if what == "grad" and factor.parameter.sequence_parallel:  # type: ignore[attr-defined]
             # What Megatron's finalize step does.
             torch.distributed.all_reduce(tensor, group=parallel_state.get_tensor_model_parallel_group())
-        found[factor.name] = (factor.shape, factor.offset, tensor)
+        found[factor.name] = (factor.shape, factor.offset, tensor.cpu())
     return found
 
 

@@ -158,11 +158,12 @@ def train(chunks: list[torch.nn.Module], case: Case, layout: Layout) -> Share:
         micro_batch_size=layout.micro_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        device=torch.device("cpu"),
+        device=torch.device(torch.cuda.current_device()),
         packed=case.packed,
+        joined=case.overrides.get("transformer_impl", "local") != "local",
     )
     ids = tokens(length=LENGTH)
-    initial, before = pieces(chunks), whole_logits(chunks, ids, VOCAB)
+    initial, before = pieces(chunks), whole_logits(chunks, ids, VOCAB).cpu()
     steps, gradients = [], {}
     for iteration in range(case.steps):
         result = trainer.step(feed.batch(plan(data).rows(iteration)), iteration)
@@ -176,7 +177,7 @@ def train(chunks: list[torch.nn.Module], case: Case, layout: Layout) -> Share:
         gradients,
         pieces(chunks),
         before,
-        whole_logits(chunks, ids, VOCAB),
+        whole_logits(chunks, ids, VOCAB).cpu(),
         optimizer_elements(trainer),
     )
 
@@ -191,7 +192,7 @@ def main_gradients(chunks: Sequence[torch.nn.Module]) -> Pieces:
     if parallel_state.get_data_parallel_world_size() > 1:
         return {}  # The distributed optimizer leaves each rank a part of them.
     return {
-        factor.name: (factor.shape, factor.offset, factor.parameter.main_grad.clone())  # type: ignore[attr-defined]
+        factor.name: (factor.shape, factor.offset, factor.parameter.main_grad.cpu().clone())  # type: ignore[attr-defined]
         for factor in factors(chunks)
     }
 

@@ -16,17 +16,23 @@ def _mix(x):
 
 
 @triton.jit
+def _join(low, high):
+    return tl.cast(low, tl.uint32) | (tl.cast(high, tl.uint32) << 16)
+
+
+@triton.jit
 def dropped(v, token, column, mask):
     """A tile v [tokens, columns] with its dropped elements at zero and the others scaled, float32.
 
     Tokens count over [s, b], b fastest; ``mask`` is :meth:`Mask.arguments`.
     """
-    first_token, rows_in_batch, row_length, first_row, key_low, key_high, threshold, keep_scale, first_feature = mask
-    position = first_token + token // rows_in_batch
-    row = first_row + token % rows_in_batch
-    token_hash = _mix((row * row_length + position).to(tl.uint32) ^ key_low.to(tl.uint32))
-    feature_hash = _mix((first_feature + column).to(tl.uint32) ^ key_high.to(tl.uint32))
-    kept = _mix(token_hash[:, None] ^ feature_hash[None, :]) >= threshold.to(tl.uint32)
+    token0, token1, low0, low1, high0, high1, least0, least1, rows_in_batch, row_length, first_feature, keep_scale = (
+        mask
+    )
+    place = _join(token0, token1) + (token // rows_in_batch + token % rows_in_batch * row_length).to(tl.uint32)
+    token_hash = _mix(place ^ _join(low0, low1))
+    feature_hash = _mix((first_feature + column).to(tl.uint32) ^ _join(high0, high1))
+    kept = _mix(token_hash[:, None] ^ feature_hash[None, :]) >= _join(least0, least1)
     return tl.where(kept, v.to(tl.float32) * keep_scale, 0.0)
 
 
@@ -35,54 +41,49 @@ class Mask:
     """What a kernel needs to compute a mask.
 
     Attributes:
-        first_token: position in the sequence of the first of the [s, b] tokens that the kernel sees.
-        rows_in_batch: b.
-        row_length, first_row, key_low, key_high: of :class:`mlora.dropout.Dropout`.
+        first_token: number in the global batch of the first of the [s, b] tokens that the kernel sees.
+        key_low, key_high: halves of :class:`mlora.dropout.Dropout`'s key.
         threshold: a hash below it means dropped.
-        keep_scale: 1 / (1 - probability).
+        rows_in_batch: b.
+        row_length: tokens from the same place of one row to that of the next.
         first_feature: of the columns among the whole linear's input features.
+        keep_scale: 1 / (1 - probability).
     """
 
     first_token: int
-    rows_in_batch: int
-    row_length: int
-    first_row: int
     key_low: int
     key_high: int
     threshold: int
-    keep_scale: float
+    rows_in_batch: int
+    row_length: int
     first_feature: int
+    keep_scale: float
 
     @classmethod
     def of(cls, dropout: Dropout, rows_in_batch: int, first_token: int, first_feature: int) -> "Mask":
-        """The mask of a [s, b, features] input."""
+        """The mask of a [s, b, features] input, whose first token is ``first_token`` of its sequence."""
         return cls(
-            first_token,
-            rows_in_batch,
-            dropout.length,
-            dropout.first_row,
-            dropout.key & 0xFFFFFFFF,
+            dropout.first_row * dropout.length + first_token,
+            dropout.key,
             dropout.key >> 32,
             int(dropout.probability * 2**32),
-            1 / (1 - dropout.probability),
+            rows_in_batch,
+            dropout.length,
             first_feature,
+            1 / (1 - dropout.probability),
         )
 
     @classmethod
     def none(cls) -> "Mask":
         """Arguments for a kernel that drops nothing."""
-        return cls(0, 1, 1, 0, 0, 0, 0, 1.0, 0)
+        return cls(0, 0, 0, 0, 1, 1, 0, 1.0)
 
     def arguments(self) -> tuple[int | float, ...]:
-        """What :func:`dropped` unpacks."""
-        return (
-            self.first_token,
-            self.rows_in_batch,
-            self.row_length,
-            self.first_row,
-            self.key_low,
-            self.key_high,
-            self.threshold,
-            self.keep_scale,
-            self.first_feature,
-        )
+        """What :func:`dropped` unpacks.
+
+        What changes from module to module and step to step goes as pairs of 16-bit numbers in floating point: Triton compiles a
+        kernel anew for an integer that divides by 16, is 1 or does not fit 31 bits, and would do so for hours.
+        """
+        changing = (self.first_token, self.key_low, self.key_high, self.threshold)
+        halves = (float(value >> shift & 0xFFFF) for value in changing for shift in (0, 16))
+        return (*halves, self.rows_in_batch, self.row_length, self.first_feature, self.keep_scale)

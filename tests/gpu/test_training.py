@@ -1,0 +1,138 @@
+"""Whole models of Transformer Engine's layers: training runs against Hugging Face PEFT, and against other layouts.
+
+In float32 the low-rank term stands beside Transformer Engine's linears, and every number is PEFT's to the tolerances that hold on
+the CPU. In bfloat16 the kernels run; what they may be off by is measured on Megatron's local layers, whose code the CPU proves.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlora import LoraConfig
+from parallel.sizes import ParallelSizes
+from tests.gpu.ranks import each_has_a_gpu, run_gpu_ranks
+from tests.peft_oracle import train_with_peft
+from tests.tiny import write_model
+from tests.training import Case, Layout, Run, errors, failures, join, train_all
+
+LORA = {"r": 5, "lora_alpha": 10, "init_lora_weights": False}
+TE: dict[str, Any] = {"transformer_impl": "transformer_engine"}
+ONE = Layout(1, ParallelSizes(), 4)
+CASES = {
+    "llama": Case(lora=LoraConfig(**LORA), overrides=TE),
+    "tied, dropout": Case(kind="qwen2-tied", lora=LoraConfig(**LORA, lora_dropout=0.2, seed=3), overrides=TE),
+    "packed, dropout": Case(kind="llama3.1", lora=LoraConfig(**LORA, lora_dropout=0.2), packed=True, overrides=TE),
+    "qwen3": Case(kind="qwen3", lora=LoraConfig(**LORA), overrides=TE),
+    "window": Case(kind="mistral-window", lora=LoraConfig(**LORA), overrides=TE),
+    "window, packed": Case(kind="qwen2-window", lora=LoraConfig(**LORA), packed=True, overrides=TE),
+    "phi3": Case(kind="phi3", lora=LoraConfig(**LORA, rank_pattern={"qkv_proj": 3}), overrides=TE),
+    "gemma3": Case(kind="gemma3", lora=LoraConfig(**LORA), steps=3, overrides=TE),
+    "olmo2": Case(kind="olmo2", lora=LoraConfig(**LORA), steps=3, overrides=TE),
+    "biases": Case(kind="llama-all-bias", lora=LoraConfig(**LORA), overrides=TE),
+    "dora": Case(kind="qwen2", lora=LoraConfig(**LORA, use_dora=True), overrides=TE),
+}
+LAYOUTS = {
+    "TP2": Layout(2, ParallelSizes(tensor=2), 8),
+    "TP2+SP": Layout(2, ParallelSizes(tensor=2, sequence_parallel=True), 4),
+    "DP2": Layout(2, ParallelSizes(), 1),
+    "PP2": Layout(2, ParallelSizes(pipeline=2), 2),
+}
+BF16 = {"dtype": torch.bfloat16}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: write_model(folder / kind, kind) for kind in {case.kind for case in CASES.values()}}
+
+
+@pytest.fixture(scope="module")
+def runs(models: dict[str, Path]) -> dict[str, Run]:
+    """Every case on one GPU."""
+    shares = train_all(0, models, CASES, ONE)
+    return {name: join([share]) for name, share in shares.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_is_pefts(models: dict[str, Path], runs: dict[str, Run], name: str) -> None:
+    case = CASES[name]
+    assert not failures(runs[name], train_with_peft(models[case.kind], case, runs[name].initial))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_numbers_of_one_gpu(models: dict[str, Path], runs: dict[str, Run], layout: str) -> None:
+    given = LAYOUTS[layout]
+    if given.sizes.pipeline > 1 and not each_has_a_gpu(given.world):
+        pytest.skip("gloo cannot send from GPU to GPU: pipeline stages need a GPU each")
+    ranks = run_gpu_ranks(given.world, train_all, models, CASES, given, sizes=given.sizes)
+    for name, run in runs.items():
+        assert not failures(join([share[name] for share in ranks]), run), name
+
+
+def bf16(case: Case, **overrides: Any) -> Case:
+    return replace(case, overrides={**case.overrides, **BF16, **overrides})
+
+
+def worst(run: Run, reference: Run) -> dict[str, float]:
+    """The greatest error of each kind of number."""
+    found: dict[str, float] = {}
+    for name, error in errors(run, reference).items():
+        kind = name.partition(" ")[0]
+        found[kind] = max(found.get(kind, 0.0), error)
+    return found
+
+
+def test_in_bfloat16_the_kernels_are_as_exact_as_plain_torch(models: dict[str, Path], runs: dict[str, Run]) -> None:
+    names = ("llama", "tied, dropout", "packed, dropout", "qwen3", "gemma3")
+    cases = {name: bf16(CASES[name]) for name in names}
+    local = {name: bf16(CASES[name], transformer_impl="local") for name in names}
+    ours, theirs = train_all(0, models, cases, ONE), train_all(0, models, local, ONE)
+    for name in names:
+        ours_off, theirs_off = worst(join([ours[name]]), runs[name]), worst(join([theirs[name]]), runs[name])
+        for kind in ("losses", "norms", "logits_before", "logits_after", "gradients"):
+            assert ours_off[kind] < 2 * theirs_off[kind] + 1e-3, (name, kind, ours_off[kind], theirs_off[kind])
+
+
+def test_bfloat16_at_two_ranks(models: dict[str, Path], runs: dict[str, Run]) -> None:
+    """Kernels and collectives together, with dropout, whose masks must agree."""
+    names = ("llama", "tied, dropout", "packed, dropout")
+    cases = {name: bf16(CASES[name]) for name in names}
+    one = train_all(0, models, cases, ONE)
+    for name in ("TP2", "TP2+SP"):
+        layout = LAYOUTS[name]
+        ranks = run_gpu_ranks(2, train_all, models, cases, layout, sizes=layout.sizes)
+        for case in names:
+            two_off = worst(join([share[case] for share in ranks]), runs[case])
+            one_off = worst(join([one[case]]), runs[case])
+            for kind in ("losses", "norms", "logits_before", "logits_after", "gradients"):
+                assert two_off[kind] < 2 * one_off[kind] + 1e-3, (name, case, kind, two_off[kind], one_off[kind])
+
+
+@pytest.mark.parametrize(
+    "recompute", [FULL, {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}]
+)
+def test_recomputation_changes_no_bit(models: dict[str, Path], recompute: dict[str, Any]) -> None:
+    names = ("tied, dropout", "packed, dropout")
+    kept = train_all(0, models, {name: bf16(CASES[name]) for name in names}, ONE)
+    again = train_all(0, models, {name: bf16(CASES[name], **recompute) for name in names}, ONE)
+    for name in names:
+        assert kept[name].steps == again[name].steps
+        assert all(torch.equal(mine[2], again[name].final[key][2]) for key, mine in kept[name].final.items())
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+@pytest.mark.parametrize("primary", [False, True], ids=["bf16 weights", "FP8 weights"])
+def test_an_adapter_trains_on_an_fp8_base(
+    models: dict[str, Path], runs: dict[str, Run], recipe: str, primary: bool
+) -> None:
+    """Losses are those of float32 to FP8's precision, and the adapter learns."""
+    case = bf16(CASES["llama"], fp8="hybrid", fp8_recipe=recipe, fp8_param=primary)
+    share = train_all(0, models, {"llama": case}, ONE)["llama"]
+    off = worst(join([share]), runs["llama"])
+    assert 1e-4 < off["losses"] < 0.02
+    assert off["gradients"] < 0.5
+    assert share.steps[-1][0] < share.steps[0][0] + 0.1
