@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mlora.config import LoraConfig
     from mlora.dropout import MicroBatch, set_micro_batch
     from mlora.saved import load_adapter
+    from mlora.streaming import iter_adapter_tensors, iter_merged_tensors
     from mlora.switch import (
         adapter_names,
         delete_adapter,
@@ -28,6 +29,8 @@ __all__ = [
     "apply",
     "delete_adapter",
     "disable_adapter",
+    "iter_adapter_tensors",
+    "iter_merged_tensors",
     "load_adapter",
     "merge_adapter",
     "parameter_counts",
@@ -43,6 +46,7 @@ MODULES = {
     "mlora.config": ("LoraConfig",),
     "mlora.dropout": ("MicroBatch", "set_micro_batch"),
     "mlora.saved": ("load_adapter",),
+    "mlora.streaming": ("iter_adapter_tensors", "iter_merged_tensors"),
     "mlora.switch": (
         "adapter_names",
         "delete_adapter",

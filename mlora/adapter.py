@@ -268,14 +268,20 @@ class LinearAdapter(torch.nn.Module):
         device = next(iter(self.lora_A.values())).device
         rows = sum(segment.length for segment in self.layout.segments)
         whole = torch.zeros(rows, self.layout.columns[1], dtype=wide, device=device)
-        for part, lora_B in self.lora_B.items():
-            key = SHARED if self.shares_A else part
-            product = lora_B.detach().to(wide) @ self.lora_A[key].detach().to(wide)
-            if self.config.decomposes:
-                product -= self.lora_B0.get_buffer(part).to(wide) @ self.lora_A0.get_buffer(key).to(wide)
-            # σ after widening: in bfloat16 it would round A once more.
-            whole[self.index(part)] = product * self.scaling[part]
+        for part in self.lora_B:
+            whole[self.index(part)] = self.delta_of(part)
         return whole
+
+    def delta_of(self, part: str) -> torch.Tensor:
+        """The rows of :meth:`delta` that belong to one projection, in their order [rows, in_l]; it must have some on this rank."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        key = SHARED if self.shares_A else part
+        product: torch.Tensor = self.lora_B[part].detach().to(wide) @ self.lora_A[key].detach().to(wide)
+        if self.config.decomposes:
+            product -= self.lora_B0.get_buffer(part).to(wide) @ self.lora_A0.get_buffer(key).to(wide)
+        # σ after widening: in bfloat16 it would round A once more.
+        product *= self.scaling[part]
+        return product
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "LinearAdapter":
         """Moves with the model but keeps the adapter's dtype: ``Float16Module`` casts whatever it wraps."""

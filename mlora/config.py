@@ -43,8 +43,10 @@ _DESCRIPTIVE = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_config", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
+# verl's words for the rank, which is taken for "r", and for an adapter to load, which no configuration can do.
+_RANK_OF_VERL, _PATH_OF_VERL = "lora_rank", "lora_adapter_path"
 # What other libraries call the rank; no spelling of theirs is near enough to "r" to be found by likeness.
-_RANK_NAMES = {"rank", "lora_rank", "lora_r", "lora_dim"}
+_RANK_NAMES = {"rank", "lora_r", "lora_dim"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,13 +204,15 @@ class LoraConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "configuration") -> "LoraConfig":
-        """A configuration from PEFT's or mlora's JSON values.
+        """A configuration from PEFT's or mlora's JSON values; verl's ``lora_rank`` may stand for ``r``.
 
         Raises:
             ValueError: for a key that neither knows (with the nearest that exists), a PEFT feature that mlora lacks, a value
                 that a field cannot have. The message starts with ``source``.
         """
         known = {name.name for name in fields(cls)}
+        if {_RANK_OF_VERL, _PATH_OF_VERL} & values.keys():
+            values = _in_pefts_words(values, source)
         if values.get("peft_type", "LORA") != "LORA":
             raise ValueError(f"{source}: peft_type is {values['peft_type']!r}; only LORA is supported")
         for key, value in values.items():
@@ -247,6 +251,21 @@ class LoraConfig:
 def decomposes(init: object) -> bool:
     """Whether an adapter with this ``init_lora_weights`` starts as a part of the base weight."""
     return isinstance(init, str) and init.startswith(("pissa", "olora"))
+
+
+def _in_pefts_words(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """verl's values under PEFT's names."""
+    plain = dict(values)
+    if path := plain.pop(_PATH_OF_VERL, None):
+        raise ValueError(
+            f"{source}: {_PATH_OF_VERL} = {path!r} is no field but an adapter to load: use mlora.verl.attach or mlora.load_adapter"
+        )
+    rank = plain.pop(_RANK_OF_VERL, None)
+    if rank is not None and plain.setdefault("r", rank) != rank:
+        raise ValueError(
+            f"{source}: r is {plain['r']!r} and {_RANK_OF_VERL} is {rank!r}; they are the same: give one of them"
+        )
+    return plain
 
 
 def _near(key: str, known: set[str]) -> str:

@@ -149,10 +149,15 @@ def unmerge_adapter(model: Model) -> None:
     _unmerge(pairs)
 
 
-def sum_with_delta(weight: torch.Tensor, adapter: LinearAdapter, scale: torch.Tensor | None) -> torch.Tensor:
-    """``W + σ B A``, its rows times DoRA's ``scale``: a new float32 tensor [out_l, in_l] (float64 if one of them is)."""
-    delta = adapter.delta()
-    total = delta.add_(weight) if delta.dtype.itemsize >= weight.dtype.itemsize else weight + delta
+def add_weight(delta: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """``delta + W``, each row times DoRA's ``scale``: what a merge rounds to the weight's dtype; ``delta`` is consumed.
+
+    Args:
+        delta: float32 or float64 [rows, in_l].
+        weight: [rows, in_l], left as it is.
+        scale: [rows].
+    """
+    total = delta.to(torch.promote_types(delta.dtype, weight.dtype)).add_(weight)
     return total if scale is None else total.mul_(scale[:, None])
 
 
@@ -170,7 +175,7 @@ def _merge(pairs: Pairs, adapter_name: str, row_scales: Sequence[torch.Tensor | 
             adapter = bank.adapter(adapter_name)
             if adapter is not None:
                 kept = weight.detach().to("cpu", copy=True)
-                total = sum_with_delta(weight, adapter, scale)
+                total = add_weight(adapter.delta(), weight, scale)
                 bank.weight_before_merge = kept
                 weight.copy_(total)
     except BaseException:
@@ -184,6 +189,11 @@ def _unmerge(pairs: Pairs) -> None:
         if bank.weight_before_merge is not None:
             weight.copy_(bank.weight_before_merge)
         bank.weight_before_merge, bank.scale_of_merge, bank.merged = None, None, None
+
+
+def merged_adapter(model: Model) -> str | None:
+    """The name of the adapter that is in the base weights now, on every stage alike; None for none."""
+    return next(iter(_merged(list(banks(model)))), None)
 
 
 def _pairs(model: Model) -> Iterator[tuple[torch.Tensor, AdapterBank]]:

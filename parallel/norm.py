@@ -63,6 +63,7 @@ class HeadsRMSNorm(torch.nn.Module):
     ranks hold the same key: the mean over ranks of their means is the mean over all groups then too.
 
     Attributes:
+        features: of all heads.
         first: place of this rank's first feature among all.
 
     Raises:
@@ -77,10 +78,11 @@ class HeadsRMSNorm(torch.nn.Module):
         self.eps = eps
         self.group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
         rank, size = self.group.rank(), self.group.size()
+        self.features = heads * width
         self.first = rank * heads // size * width
-        features = max(heads // size, 1) * width
+        held = max(heads // size, 1) * width
         self.weight = torch.nn.Parameter(
-            torch.ones(features, dtype=config.params_dtype, device=torch.cuda.current_device())
+            torch.ones(held, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
         self.weight.tensor_model_parallel = size > 1  # type: ignore[attr-defined]
 

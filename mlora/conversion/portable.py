@@ -121,8 +121,13 @@ def check_plain(state: AdapterState, profile: str) -> None:
 
 def config_of(request: Request, **fields: Any) -> dict[str, Any]:
     """An ``adapter_config.json`` with nothing on that ``fields`` do not say."""
+    return plain_config(request.base_name, task_type=request.state.config.get("task_type", "CAUSAL_LM"), **fields)
+
+
+def plain_config(base_name: str | None, **fields: Any) -> dict[str, Any]:
+    """An ``adapter_config.json`` for the base model of that name, with nothing on that ``fields`` do not say."""
     return {
-        "base_model_name_or_path": request.base_name,
+        "base_model_name_or_path": base_name,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -130,7 +135,7 @@ def config_of(request: Request, **fields: Any) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "task_type": request.state.config.get("task_type", "CAUSAL_LM"),
+        "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
         **fields,

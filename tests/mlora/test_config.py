@@ -252,7 +252,7 @@ UNSUPPORTED: list[tuple[str, Any, str]] = [
     ("alpha", 16, "unknown field 'alpha'; did you mean 'lora_alpha'?"),
     ("dropout", 0.1, "unknown field 'dropout'; did you mean 'lora_dropout'?"),
     ("rank", 4, "unknown field 'rank'; did you mean 'r'?"),
-    ("lora_rank", 4, "unknown field 'lora_rank'; did you mean 'r'?"),
+    ("lora_dim", 4, "unknown field 'lora_dim'; did you mean 'r'?"),
     ("use_rs_lora", True, "unknown field 'use_rs_lora'; did you mean 'use_rslora'?"),
     ("xyz", 4, "unknown field 'xyz'; the fields are adapter_dtype, alpha_pattern, bias,"),
 ]  # fmt: skip
