@@ -16,6 +16,11 @@ _NAMES = {
     "lr": "learning rate",
     "tokens_per_second": "tokens per second",
     "peak_memory": "peak memory in bytes",
+    **{
+        f"{prefix}reward_{name}": f"reward {name}/{run}"
+        for prefix, run in (("", "train"), ("eval_", "eval"))
+        for name in ("chosen", "rejected", "margin", "accuracy")
+    },
 }
 
 
@@ -112,7 +117,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with naming(partial), partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
         file.flush()
         os.fsync(file.fileno())

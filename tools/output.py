@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlora_tools.resumption import Resumption
+from mlora_tools.run_files import RunFiles
 from parallel.storage import naming
 
 logger = logging.getLogger(__name__)
@@ -20,23 +21,15 @@ _DIGESTS = ("--model", "--data", "--eval-data")  # Settings of which a digest st
 _SAMPLED = 2**20  # bytes at either end of a file of weights
 
 
-class Output:
-    """The files under ``--output``.
+class Output(RunFiles):
+    """The directory of a run that is to be written.
 
-    Args:
-        path: of the directory.
+    Attributes:
+        resumption: the checkpoints that are there.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.peft = path / "peft"
-        self.metrics = path / "metrics.jsonl"
-        self.tensorboard = path / "tensorboard"
-        self.plot = path / "loss.png"
-        self.config = path / "config.json"
-        self.ranks = path / "ranks.json"
-        self.wandb = path / "wandb"
+        super().__init__(path)
         self.resumption = Resumption(self.checkpoints)
 
     def check(self, resume: bool, must_exist: bool = False) -> Path | None:

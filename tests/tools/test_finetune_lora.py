@@ -150,7 +150,7 @@ def test_who_the_ranks_are_and_what_they_send(straight: Path) -> None:
         gathered = sent["all_gather", "tensor model parallel", "forward"]
         assert gathered["size"] == 2 and gathered["count"] > 0 and gathered["bytes"] > gathered["count"]
         # Four micro batches of 2 x 24 tokens of 32 float32 features, between two stages.
-        kind, direction = ("send", "forward") if rank["pipeline"] == 0 else ("recv", "forward")
+        kind = "send" if rank["pipeline"] == 0 else "recv"
         between = [flow for key, flow in sent.items() if key[0] == kind and "pipeline" in key[1]]
         assert between and all(flow["bytes"] == flow["count"] * 2 * 24 // 2 * 32 * 4 for flow in between), sent
 
