@@ -128,12 +128,18 @@ def merge_adapter(model: Model, adapter_name: str = DEFAULT_ADAPTER) -> None:
     The weights as they were are kept in host memory, so that :func:`unmerge_adapter` brings back the same bits.
 
     Raises:
-        ValueError: there is no such adapter on any stage, or one is merged already.
+        ValueError: there is no such adapter on any stage, one is merged already, or a weight is quantized.
     """
     pairs = list(_pairs(model))
     found = [bank for _, bank in pairs]
     check_adapter_exists(found, adapter_name)
     _check_not_merged(found)
+    quantized = union_over_stages({bank.layout.name for weight, bank in pairs if type(weight) is not torch.nn.Parameter})
+    if quantized:
+        raise ValueError(
+            f"{min(quantized)} has a quantized weight, which would round most of an adapter away: merge into the checkpoint that "
+            f"it was made of"
+        )
     _merge(pairs, adapter_name, [_scale(weight, bank.adapter(adapter_name)) for weight, bank in pairs])
 
 

@@ -11,7 +11,7 @@ misread. With the adapter off, such a linear computes the base's output itself.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from mlora.bank import AdapterBank
 from mlora.branch import LoraBranch
 from mlora.dora import Rescale, scales
 from mlora.linear import Geometry
+from parallel.stages import as_chunks
 
 # (whether it holds, what stands in the way of the fused path if it does not), asked in this order.
 _Rule = tuple[Callable[[Any, LinearAdapter], bool], str]
@@ -46,6 +47,17 @@ _RULES: list[_Rule] = [
 def obstacle(module: Any, adapter: LinearAdapter) -> str | None:
     """What stands in the way of the fused path for this linear; None if nothing does."""
     return next((reason for holds, reason in _RULES if not holds(module, adapter)), None)
+
+
+def ways(model: torch.nn.Module | Sequence[torch.nn.Module]) -> dict[str, str]:
+    """Name of each adapted linear of Transformer Engine's on this rank -> "fused", or "beside" and why, for its active adapter."""
+    found = {}
+    for chunk in as_chunks(model):
+        for module in chunk.modules():
+            if isinstance(module, TeLora) and (adapter := module.lora.current()) is not None:
+                why = obstacle(module, adapter)
+                found[module.lora.layout.name] = "fused" if why is None else f"beside: {why}"
+    return found
 
 
 class TeLora:

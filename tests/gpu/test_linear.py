@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import mlora
 from mlora import te
 from mlora.dropout import MicroBatch, set_micro_batch
 from tests.gpu.linears import CASES, COLUMN, FC1, QKV, REPLICATED, Case, build, plain, relative, run
@@ -181,3 +182,20 @@ def test_new_steps_and_micro_batches_compile_nothing() -> None:
     finally:
         knobs.runtime.jit_post_compile_hook = None
     assert not compiled
+
+
+def test_a_quantized_weight_takes_no_merge() -> None:
+    import transformer_engine.pytorch as te_torch
+
+    with te_torch.fp8_model_init(enabled=True, recipe=fp8("tensorwise")):
+        model, linear = build(Case(FC1), torch.bfloat16, fp8="hybrid", fp8_recipe="tensorwise", fp8_param=True)
+    before = linear.weight.dequantize()
+    with pytest.raises(ValueError, match=r"linear_fc1 has a quantized weight"):
+        mlora.merge_adapter(model)
+    assert torch.equal(linear.weight.dequantize(), before)
+
+
+def test_what_is_chosen_can_be_asked_for() -> None:
+    for dtype, way in ((torch.bfloat16, "fused"), (torch.float32, "beside: the weight is neither bf16 nor fp16")):
+        model, _ = build(Case(FC1), dtype)
+        assert te.ways(model) == {"decoder.layers.0.mlp.linear_fc1": way}

