@@ -134,7 +134,9 @@ def merge_adapter(model: Model, adapter_name: str = DEFAULT_ADAPTER) -> None:
     found = [bank for _, bank in pairs]
     check_adapter_exists(found, adapter_name)
     _check_not_merged(found)
-    quantized = union_over_stages({bank.layout.name for weight, bank in pairs if type(weight) is not torch.nn.Parameter})
+    quantized = union_over_stages(
+        {bank.layout.name for weight, bank in pairs if type(weight) is not torch.nn.Parameter}
+    )
     if quantized:
         raise ValueError(
             f"{min(quantized)} has a quantized weight, which would round most of an adapter away: merge into the checkpoint that "
