@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from mlora.forward import on_device, run_model
 from parallel.stages import as_chunks
 
 Model = torch.nn.Module | Sequence[torch.nn.Module]
@@ -66,11 +67,7 @@ def on_every_stage(found: Sequence[torch.Tensor], micro_batches: Sequence[Mappin
 
 
 def _forward_step(data: Iterator[Mapping[str, Any]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    device = torch.cuda.current_device()
-    batch = next(data)
-    tokens, positions, labels = (batch[name].to(device) for name in ("tokens", "position_ids", "labels"))
-    mask = batch["attention_mask"]
-    return model(tokens, positions, mask if mask is None else mask.to(device), labels=labels), _log_probs
+    return run_model(model, on_device(next(data))), _log_probs
 
 
 def _log_probs(losses: torch.Tensor, non_loss_data: bool) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """One training step on Megatron's own machinery: schedules, DDP, distributed optimizer, gradient finalize step, LR scheduler.
 
-The loss of a step is the sum over the target tokens of the whole global batch divided by their number, so that neither the
-micro batch size nor the number of data-parallel ranks changes it.
+The loss of a step is the sum over the units of the whole global batch (target tokens; what they are, the objective says) divided by
+their number, so that neither the micro batch size nor the number of data-parallel ranks changes it.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from mlora.dropout import MicroBatch, set_micro_batch
+from mlora.forward import on_device, run_model
+from mlora.objective import MicroBatches, Objective, Totals
+from mlora.sft.objective import Sft
 from parallel.optimizer import allocate_adam_state
 
 
@@ -54,7 +55,8 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step: mean loss over the target tokens, their number, gradient norm before clipping, learning rate.
+    """Of one optimizer step: mean loss, number of target tokens, gradient norm before clipping, learning rate, the objective's
+    metrics.
 
     With LoRA+ the rate is that of A.
     """
@@ -63,6 +65,7 @@ class StepResult:
     target_tokens: int
     grad_norm: float
     lr: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -74,6 +77,7 @@ class Trainer:
     Args:
         chunks: this rank's unwrapped chunks, with adapters attached.
         settings: of the optimizer.
+        objective: what is minimised; by default the cross entropy of the target tokens.
 
     Attributes:
         optimizer, scheduler: Megatron's, for checkpoints.
@@ -82,8 +86,11 @@ class Trainer:
         ValueError: the model is in float16, which would need a loss scale; or its config does not normalise by tokens.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], settings: OptimizerSettings) -> None:
+    def __init__(
+        self, chunks: Sequence[torch.nn.Module], settings: OptimizerSettings, objective: Objective | None = None
+    ) -> None:
         self.chunks = list(chunks)
+        self.objective: Objective = objective or Sft()
         config: Any = self.chunks[0].config
         if config.fp16:
             raise ValueError("the model is in float16, which needs a loss scale: train in bfloat16 or float32")
@@ -108,7 +115,7 @@ class Trainer:
             use_checkpoint_opt_param_scheduler=False,  # A run goes on with its own settings; resuming compares them.
         )
 
-    def step(self, micro_batches: Sequence[Mapping[str, Any]], iteration: int) -> StepResult:
+    def step(self, micro_batches: MicroBatches, iteration: int) -> StepResult:
         """Forward, backward and update on this rank's micro batches of one global batch.
 
         Args:
@@ -122,23 +129,25 @@ class Trainer:
             FloatingPointError: the loss is not finite, and the weights have not changed; or the gradient norm is not, and they
                 are lost. On every rank alike.
         """
+        micro_batches = self.objective.prepare(self.chunks, micro_batches)
         for chunk in self.wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        total, tokens = self._run(micro_batches, iteration, forward_only=False)
-        if not math.isfinite(total):
-            raise FloatingPointError(f"the loss of iteration {iteration + 1} is {total / tokens}")
+        totals = self._run(micro_batches, iteration, forward_only=False)
+        if not math.isfinite(totals.loss):
+            raise FloatingPointError(f"the loss of iteration {iteration + 1} is {totals.mean_loss}")
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"the gradient norm of iteration {iteration + 1} is {grad_norm}")
         lr = self.scheduler.get_lr({})  # Not a parameter group's: the groups of a stage without adapters may be empty.
         self.scheduler.step(increment=1)
-        return StepResult(total / tokens, tokens, float(grad_norm), lr)
+        return StepResult(totals.mean_loss, totals.target_tokens, float(grad_norm), lr, totals.mean_metrics)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
-        """(sum of the losses of the target tokens, their number) of one global batch, without dropout."""
+    def evaluate(self, micro_batches: MicroBatches) -> Totals:
+        """The sums of one global batch, without dropout."""
+        micro_batches = self.objective.prepare(self.chunks, micro_batches)
         for chunk in self.wrapped:
             chunk.eval()
         try:
@@ -147,11 +156,11 @@ class Trainer:
             for chunk in self.wrapped:
                 chunk.train()
 
-    def _run(self, micro_batches: Sequence[Mapping[str, Any]], iteration: int, forward_only: bool) -> tuple[float, int]:
+    def _run(self, micro_batches: MicroBatches, iteration: int, forward_only: bool) -> Totals:
         rows, length = micro_batches[0]["tokens"].shape
         iterators = [iter(micro_batches) for _ in self.wrapped]
         reports = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, iteration=iteration),
+            forward_step_func=partial(_forward_step, objective=self.objective, iteration=iteration),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.wrapped if len(self.wrapped) > 1 else self.wrapped[0],
             num_microbatches=len(micro_batches),
@@ -159,7 +168,7 @@ class Trainer:
             micro_batch_size=rows,
             forward_only=forward_only,
         )
-        return _sum_over_ranks(reports)
+        return _sum_over_ranks(reports, self.objective)
 
 
 def _wrap(chunks: Sequence[torch.nn.Module], config: Any) -> list[Any]:
@@ -196,49 +205,28 @@ def _optimizer(wrapped: list[Any], settings: OptimizerSettings, *, bf16: bool) -
 
 
 def _forward_step(
-    data: Iterator[Mapping[str, Any]], model: torch.nn.Module, iteration: int
+    data: Iterator[Mapping[str, Any]], model: torch.nn.Module, objective: Objective, iteration: int
 ) -> tuple[torch.Tensor, Any]:
-    device = torch.cuda.current_device()
-    batch: dict[str, Any] = {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in next(data).items()
-    }
-    set_micro_batch(MicroBatch(iteration, batch["first_row"], batch.get("row_length")))
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        packed_seq_params=_packed_samples(batch),
-    )
-    return output, partial(_sum_of_losses, batch["loss_mask"])
+    batch = on_device(next(data))
+    return run_model(model, batch, iteration), partial(_sums, objective, batch)
 
 
-def _packed_samples(batch: Mapping[str, Any]) -> PackedSeqParams | None:
-    """Where the samples of one joined sequence begin and end, for Transformer Engine's attention."""
-    if "cu_seqlens" not in batch:
-        return None
-    ends, longest = batch["cu_seqlens"], batch["max_seqlen"]
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
-    )
+def _sums(
+    objective: Objective, batch: Mapping[str, Any], losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sum, units, report): with ``calculate_per_token_loss`` Megatron divides by the units of the global batch."""
+    total, units, metrics = objective.sums(batch, losses)
+    counts = torch.stack([total.detach().double(), units.double(), batch["loss_mask"].sum().double()])
+    return total, units.to(torch.int), torch.cat([counts, metrics.detach().double()])
 
 
-def _sum_of_losses(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(sum, tokens, report): with ``calculate_per_token_loss`` Megatron divides by the tokens of the global batch."""
-    total = (losses.float() * loss_mask).sum()
-    tokens = loss_mask.sum()
-    return total, tokens.to(torch.int), torch.stack([total.detach(), tokens.to(total.dtype)]).double()
-
-
-def _sum_over_ranks(reports: Sequence[torch.Tensor]) -> tuple[float, int]:
-    """(sum of losses, target tokens) of the global batch on every rank; only the last stage has reports."""
-    device = torch.cuda.current_device()
-    sums = torch.stack(list(reports)).sum(0) if reports else torch.zeros(2, dtype=torch.float64)
-    sums = sums.to(device)
+def _sum_over_ranks(reports: Sequence[torch.Tensor], objective: Objective) -> Totals:
+    """The sums of the global batch on every rank; only the last stage has reports."""
+    empty = torch.zeros(3 + len(objective.metrics), dtype=torch.float64)
+    sums = (torch.stack(list(reports)).sum(0) if reports else empty).to(torch.cuda.current_device())
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
-    total, tokens = sums.tolist()
-    if tokens == 0:
-        raise ValueError("the global batch holds no target token")
-    return total, int(tokens)
+    total, units, tokens, *metrics = sums.tolist()
+    if units == 0:
+        raise ValueError(f"the global batch holds no {objective.unit}")
+    return Totals(total, int(units), int(tokens), dict(zip(objective.metrics, metrics, strict=True)))

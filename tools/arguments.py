@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from mlora_tools.implementation import Implementation
 from mlora_tools.lora import Lora
+from mlora_tools.objective import Objective
 from mlora_tools.options import Help, UsageError, check_at_least, check_positive, parse
 from mlora_tools.reports import Reports
 from parallel.sizes import ParallelSizes
@@ -32,7 +33,11 @@ class Inputs:
 
     model: Annotated[Path, Help("directory of the base model: a Hugging Face config, tokenizer and safetensors", "DIR")]
     data: Annotated[
-        tuple[Path, ...], Help('JSONL to train on: "messages", "prompt" with "completion", or "text" a line', "FILE")
+        tuple[Path, ...],
+        Help(
+            'JSONL to train on: "messages", "prompt" with "completion", or "text" a line; dpo: "prompt", "chosen", "rejected"',
+            "FILE",
+        ),
     ]
     eval_data: Annotated[tuple[Path, ...], Help("JSONL to evaluate on", "FILE")] = ()
     output: Annotated[Path, Help("directory to make; one with content is refused", "DIR")]
@@ -112,8 +117,8 @@ class Layout:
 class Batches:
     """batches and precision"""
 
-    micro_batch_size: Annotated[int, Help("sequences of one forward pass")] = 1
-    global_batch_size: Annotated[int, Help("sequences of one optimizer step, over all ranks")] = 16
+    micro_batch_size: Annotated[int, Help("sequences (dpo: pairs of them) of one forward pass")] = 1
+    global_batch_size: Annotated[int, Help("sequences (dpo: pairs of them) of one optimizer step, over all ranks")] = 16
     seq_length: Annotated[int, Help("tokens of a sequence; longer samples are cut, with a warning")] = 1024
     packing: Annotated[bool, Help("several samples in a sequence, without attention across them")] = False
     train_iters: Annotated[int | None, Help("optimizer steps")] = None
@@ -234,6 +239,7 @@ class Arguments:
     """Everything that the command line says."""
 
     inputs: Inputs
+    objective: Objective
     layout: Layout
     batches: Batches
     implementation: Implementation
@@ -248,8 +254,10 @@ class Arguments:
         Raises:
             ValueError: an option is not known, missing, out of its range or contradicts another; the message names it.
         """
-        groups = (Inputs, Layout, Batches, Implementation, Schedule, Lora, Reports)
-        (inputs, layout, batches, implementation, schedule, lora, reports), given = parse(groups, argv, DESCRIPTION)
+        groups = (Inputs, Objective, Layout, Batches, Implementation, Schedule, Lora, Reports)
+        parsed, given = parse(groups, argv, DESCRIPTION)
+        inputs, objective, layout, batches, implementation, schedule, lora, reports = parsed
+        objective.check(given, batches.packing)
         if implementation.fp8_format and not batches.bf16:
             raise UsageError("--fp8-format needs --bf16")
         twice = sorted(given & set(Lora.__dataclass_fields__) - {"lora_config"})
@@ -262,6 +270,7 @@ class Arguments:
             )
         return cls(
             inputs=inputs,
+            objective=objective,
             layout=layout,
             batches=batches,
             implementation=implementation,

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from mlora.objective import Objective
 from mlora.sft.packing import Rows, packed_rows, single_rows
-from mlora.sft.records import read_jsonl
-from mlora.sft.samples import Sample, encode_all, pad_token
+from mlora.sft.samples import Sample, pad_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,8 +25,8 @@ class Dataset:
     """Rows, and facts about them.
 
     Attributes:
-        rows: of ``seq_length`` tokens each.
-        tokens: of each row without padding, int64 [rows + 1]; the last entry is the filler's.
+        rows: of ``seq_length`` tokens each; an item is one, or as many as the objective says.
+        tokens: of each item without padding, int64 [items + 1]; the last entry is the filler's.
         digest: of every sample's tokens and targets: equal for data that train alike.
         facts: plain values for ``config.json``.
     """
@@ -35,6 +35,11 @@ class Dataset:
     tokens: npt.NDArray[np.int64]
     digest: str
     facts: dict[str, Any]
+
+    @property
+    def items(self) -> int:
+        """Their number: batches are made of them."""
+        return len(self.tokens) - 1
 
 
 def open_tokenizer(model: Path) -> "PreTrainedTokenizerBase":
@@ -51,7 +56,13 @@ def open_tokenizer(model: Path) -> "PreTrainedTokenizerBase":
 
 
 def load_data(
-    paths: Sequence[Path], tokenizer: "PreTrainedTokenizerBase", *, seq_length: int, packing: bool, vocab_size: int
+    paths: Sequence[Path],
+    tokenizer: "PreTrainedTokenizerBase",
+    objective: Objective,
+    *,
+    seq_length: int,
+    packing: bool,
+    vocab_size: int,
 ) -> Dataset:
     """Read, tokenise and lay out one or more files, in the order given.
 
@@ -62,14 +73,14 @@ def load_data(
     samples: list[Sample] = []
     files = []
     for path in paths:
-        records = read_jsonl(path)
-        encoded = encode_all(records, tokenizer, seq_length)
+        encoded = objective.encode(path, tokenizer, seq_length)
         samples += encoded.samples
+        kept = len(encoded.samples) // objective.rows_of_item
         files.append(
             {
                 "path": str(path),
-                "records": len(records),
-                "samples": len(encoded.samples),
+                "records": kept + len(encoded.dropped_lines),
+                "samples": kept,
                 "cut": len(encoded.truncated_lines),
                 "left_out": len(encoded.dropped_lines),
             }
@@ -77,7 +88,8 @@ def load_data(
     _check_vocabulary(samples, paths, vocab_size)
     rows = (packed_rows if packing else single_rows)(samples, seq_length, pad_token(tokenizer))
     lengths = np.array([len(sample.tokens) - 1 for sample in samples], dtype=np.int64)
-    tokens = np.array([*(lengths[list(members)].sum() for members in rows.bins), 0], dtype=np.int64)
+    in_rows = np.array([lengths[list(members)].sum() for members in rows.bins], dtype=np.int64)
+    tokens = np.append(in_rows.reshape(-1, objective.rows_of_item).sum(1), 0)
     facts = {
         "files": files,
         "rows": len(rows),

@@ -12,6 +12,7 @@ import torch
 
 from mlora.checkpoint import Training, save_checkpoint
 from mlora.norms import adapter_norms
+from mlora.objective import Totals
 from mlora.sft.batches import BatchPlan, EvalPlan
 from mlora.sft.feed import Feed
 from mlora.train import Trainer
@@ -120,6 +121,7 @@ class Loop:
         record = {
             "iteration": self.iteration,
             "loss": result.loss,
+            **result.metrics,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "tokens": tokens,
@@ -145,13 +147,19 @@ class Loop:
         due = self.iteration in (0, self.end) or _divides(self.reports.eval_interval, self.iteration)
         if self.heldout is None or not due or self.iteration in self.evaluated:
             return
-        total, count = 0.0, 0
+        totals: Totals | None = None
         for number in range(self.heldout.batches):
             if interruption.requested():
                 return  # It is made up for when the run is resumed.
-            batch_total, tokens = self.trainer.evaluate(self.heldout.feed.batch(self.heldout.plan.rows(number)))
-            total, count = total + batch_total, count + tokens
-        record = {"iteration": self.iteration, "eval_loss": total / count, "eval_target_tokens": count}
+            batch = self.trainer.evaluate(self.heldout.feed.batch(self.heldout.plan.rows(number)))
+            totals = batch if totals is None else totals + batch
+        assert totals is not None
+        record = {
+            "iteration": self.iteration,
+            "eval_loss": totals.mean_loss,
+            **{f"eval_{name}": value for name, value in totals.mean_metrics.items()},
+            "eval_target_tokens": totals.target_tokens,
+        }
         self.evaluated.add(self.iteration)
         if self.metrics and self.progress:
             self.metrics.add(record)

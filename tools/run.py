@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import time
+from collections import Counter
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from mlora.conversion.importing import base_projections
 from mlora.conversion.peft_writer import write_peft
 from mlora.conversion.profiles import DTYPES, peft_adapter
 from mlora.model import build_model
+from mlora.objective import Objective
 from mlora.pretrained import Pretrained
 from mlora.sft.batches import BatchPlan, EvalPlan
 from mlora.sft.feed import Feed
 from mlora.spec import TransformerImpl
 from mlora.targets import select
+from mlora.te import ways
 from mlora.train import OptimizerSettings, Trainer
 from mlora_tools.arguments import Arguments
 from mlora_tools.data import Dataset, load_data, open_tokenizer
@@ -36,6 +39,7 @@ from mlora_tools.options import UsageError
 from mlora_tools.output import Output, model_digest, versions
 from mlora_tools.plot import plot_losses
 from mlora_tools.progress import Progress
+from mlora_tools.reference import Reference
 from mlora_tools.reports import Reports
 from mlora_tools.resumption import is_restart
 from mlora_tools.start import Start
@@ -65,6 +69,8 @@ class Setting:
     base: Pretrained
     sizes: ParallelSizes
     adapter: Start
+    objective: Objective
+    reference: Reference | None
     optimizer: OptimizerSettings
     train: Dataset
     heldout: Dataset | None
@@ -138,15 +144,17 @@ def _setting(arguments: Arguments, base: Pretrained, sizes: ParallelSizes, adapt
         "packing": batches.packing,
         "vocab_size": base.architecture.vocab_size,
     }
-    train = load_data(inputs.data, tokenizer, **options)
-    heldout = load_data(inputs.eval_data, tokenizer, **options) if inputs.eval_data else None
+    objective, reference = arguments.objective.make(), arguments.objective.reference_adapter
+    train = load_data(inputs.data, tokenizer, objective, **options)
+    heldout = load_data(inputs.eval_data, tokenizer, objective, **options) if inputs.eval_data else None
     longest = base.architecture.max_position_embeddings
     if batches.seq_length > longest:
         logger.warning(
             "--seq-length %d is more than the %d that the base model was made for", batches.seq_length, longest
         )
     select(base_projections(base), adapter.config)  # A misspelt target is seen before the base is read.
-    iterations = batches.iterations(len(train.rows))
+    frozen = Reference.open(reference, base) if reference else None
+    iterations = batches.iterations(train.items)
     optimizer = OptimizerSettings(**arguments.schedule.optimizer(iterations))
     settings = {
         "--model": model_digest(inputs.model),
@@ -160,9 +168,24 @@ def _setting(arguments: Arguments, base: Pretrained, sizes: ParallelSizes, adapt
         **{_flag(name): getattr(arguments.implementation, name) for name in ("fp8_format", "fp8_recipe")},
         **{_OPTIONS.get(name, _flag(name)): value for name, value in dataclasses.asdict(optimizer).items()},
         **{f"LoRA's {name}": value for name, value in adapter.config.to_dict().items()},
+        **arguments.objective.settings(),
+        **({"--reference-adapter": frozen.digest()} if frozen else {}),
     }
     transformer_impl = arguments.implementation.choose(base.architecture)
-    return Setting(arguments, base, sizes, adapter, optimizer, train, heldout, iterations, settings, transformer_impl)
+    return Setting(
+        arguments,
+        base,
+        sizes,
+        adapter,
+        objective,
+        frozen,
+        optimizer,
+        train,
+        heldout,
+        iterations,
+        settings,
+        transformer_impl,
+    )
 
 
 def _trainer(setting: Setting, is_new: bool) -> Trainer:
@@ -181,9 +204,13 @@ def _trainer(setting: Setting, is_new: bool) -> Trainer:
         )
     )
     mlora.apply(chunks, setting.adapter.config, family=setting.base.family)
+    for way, count in Counter(ways(chunks).values()).items():
+        logger.info("the low-rank terms of %d linears of this rank: %s", count, way)
     if is_new:
         setting.adapter.load(chunks)
-    return Trainer(chunks, setting.optimizer)
+    if setting.reference is not None:
+        setting.reference.attach(chunks)
+    return Trainer(chunks, setting.optimizer, setting.objective)
 
 
 def _run(setting: Setting, trainer: Trainer, output: Output, start: int, device: torch.device) -> None:
@@ -233,13 +260,14 @@ def _data(setting: Setting, device: torch.device) -> tuple[TrainData, EvalData |
             device=device,
             packed=batches.packing,
             joined=setting.transformer_impl != "local",
+            rows_of_item=setting.objective.rows_of_item,
         )
 
-    plan = BatchPlan(len(setting.train.rows), batches.global_batch_size, batches.seed)
+    plan = BatchPlan(setting.train.items, batches.global_batch_size, batches.seed)
     train = TrainData(setting.train, plan, feed(setting.train))
     if setting.heldout is None:
         return train, None
-    eval_plan = EvalPlan(len(setting.heldout.rows), batches.global_batch_size)
+    eval_plan = EvalPlan(setting.heldout.items, batches.global_batch_size)
     count = min(eval_plan.num_batches, arguments.reports.eval_iters or eval_plan.num_batches)
     return train, EvalData(eval_plan, feed(setting.heldout), count)
 

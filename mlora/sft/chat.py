@@ -25,7 +25,7 @@ def encode_chats(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase"
     """Conversations under the tokenizer's chat template: of each the token ids, and whether each is an assistant's.
 
     An assistant turn is its content and its end-of-turn token, not its header. A token that reaches over either end of
-    a turn counts as the turn's.
+    a turn counts as the turn's. Turns among the messages that a record says are given do not count.
 
     Raises:
         ValueError: there is no chat template, the tokenizer gives no character offsets (it is not a fast one), the
@@ -82,15 +82,37 @@ class _Chat:
             tokenizer_kwargs={"verbose": False},
         )
         mask = [bool(marked) for marked in encoded["assistant_masks"]]
+        if self.record.given:
+            mask = self._without_given(mask)
         if not any(mask):
             raise ValueError(f"{self.record.where}: the chat template marks nothing of the conversation; {_MARKERS}")
         return list(encoded["input_ids"]), mask
+
+    def _without_given(self, mask: list[bool]) -> list[bool]:
+        """The marks without those that the given messages have when they stand alone, which come first."""
+        given = self.record.messages[: self.record.given]
+        left = 0
+        if any(message["role"] == "assistant" for message in given):
+            alone = self._apply(
+                given,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"verbose": False},
+            )
+            left = sum(map(bool, alone["assistant_masks"]))
+        kept = []
+        for marked in mask:
+            kept.append(marked and left == 0)
+            left -= marked and left > 0
+        return kept
 
     def located(self) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as rendered, and the ranges of its characters that are assistant turns."""
         text = self._render(self.record.messages)
         roles = (message["role"] for message in self.record.messages)
-        return text, [self._span(turn, text) for turn, role in enumerate(roles) if role == "assistant"]
+        turns = [turn for turn, role in enumerate(roles) if role == "assistant" and turn >= self.record.given]
+        return text, [self._span(turn, text) for turn in turns]
 
     def _span(self, turn: int, text: str) -> tuple[int, int]:
         """Character range of an assistant turn in ``text``, the whole conversation as rendered.

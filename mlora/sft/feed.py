@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
+import numpy as np
 import torch
 
 from mlora.sft.batches import Indices, attention_mask, collate, micro_batches, segment_ends
@@ -14,13 +15,15 @@ class Feed:
 
     Args:
         rows: of the data.
-        micro_batch_size: rows of a micro batch.
+        micro_batch_size: rows of a micro batch; with ``rows_of_item`` items.
         dp_rank, dp_size: of the data-parallel group.
         device: where the tensors go.
         packed: rows may hold several samples, so attention must be told; else it is plainly causal (padding stands at the
             right, where nothing that counts sees it).
         joined: packed rows stand one after another in one sequence, with ``cu_seqlens``, as Transformer Engine's attention
             takes them; else attention is told by a mask.
+        rows_of_item: rows that belong together: indices then are those of items, item i being the ``rows_of_item`` rows from
+            ``i · rows_of_item`` on, and ``first_row`` still counts rows.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class Feed:
         device: torch.device,
         packed: bool,
         joined: bool = False,
+        rows_of_item: int = 1,
     ) -> None:
         self.rows = rows
         self.micro_batch_size = micro_batch_size
@@ -41,6 +45,7 @@ class Feed:
         self.device = device
         self.packed = packed
         self.joined = joined
+        self.rows_of_item = rows_of_item
 
     def batch(self, indices: Indices) -> "MicroBatches":
         """This rank's micro batches of the global batch of these rows.
@@ -50,7 +55,15 @@ class Feed:
         """
         parts = micro_batches(indices, self.micro_batch_size, self.dp_rank, self.dp_size)
         firsts = range(self.dp_rank * self.micro_batch_size, len(indices), self.dp_size * self.micro_batch_size)
-        return MicroBatches(self, list(zip(firsts, parts, strict=True)))
+        wholes = [self._rows_of(part) for part in parts]
+        return MicroBatches(
+            self, [(self.rows_of_item * first, part) for first, part in zip(firsts, wholes, strict=True)]
+        )
+
+    def _rows_of(self, items: Indices) -> Indices:
+        """The rows of items; of the item behind the last one, which stands for padding, the row that does."""
+        rows: Indices = np.add.outer(items * self.rows_of_item, np.arange(self.rows_of_item)).ravel()
+        return rows.clip(max=len(self.rows))
 
     def micro_batch(self, first_row: int, indices: Indices) -> dict[str, Any]:
         """What the trainer takes, of rows that stand at ``first_row`` and after in the global batch."""

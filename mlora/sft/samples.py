@@ -88,7 +88,7 @@ def encode_all(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", 
     samples: list[Sample] = []
     truncated: list[int] = []
     dropped: list[int] = []
-    for record, whole in _pairs(records, tokenizer):
+    for record, whole in zip(records, encode_records(records, tokenizer), strict=True):
         sample = whole.cut(seq_length + 1)
         if not sample.is_target.any():
             dropped.append(record.line)
@@ -106,9 +106,9 @@ def encode_all(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", 
             "%s: of %d records, %s cut to seq_length %d, %s left out because no target is within it",
             records[0].path,
             len(records),
-            _counted(truncated),
+            counted(truncated),
             seq_length,
-            _counted(dropped),
+            counted(dropped),
         )
     return EncodedData(samples, tuple(truncated), tuple(dropped))
 
@@ -121,17 +121,18 @@ def pad_token(tokenizer: "PreTrainedTokenizerBase") -> int:
     return 0
 
 
-def _counted(lines: list[int]) -> str:
+def counted(lines: Sequence[int]) -> str:
+    """How many lines, and which are the first of them, for a warning."""
     if not lines:
         return "0"
     shown = ", ".join(map(str, lines[:_LINES_SHOWN])) + (", …" if len(lines) > _LINES_SHOWN else "")
     return f"{len(lines)} (line {shown})"
 
 
-def _pairs(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[Record, Sample]]:
+def encode_records(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Sample]:
+    """The samples of records, whole; see :func:`encode`."""
     for first in range(0, len(records), _BATCH):
-        batch = records[first : first + _BATCH]
-        yield from zip(batch, _encode(batch, tokenizer), strict=True)
+        yield from _encode(records[first : first + _BATCH], tokenizer)
 
 
 def _encode(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase") -> list[Sample]:

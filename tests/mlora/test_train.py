@@ -49,7 +49,7 @@ def evaluate_between_steps(rank: int, base: Path, sizes: ParallelSizes, dropout:
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, init_lora_weights=False)
     trainer = Trainer(adapted(base, sizes, config), OptimizerSettings(lr=1e-9))
     first = trainer.step(batch(0), 0).loss
-    evaluations = [trainer.evaluate(all_rows(number)) for number in (0, 1, 2)]
+    evaluations = [(found.loss, found.target_tokens) for found in map(trainer.evaluate, map(all_rows, (0, 1, 2)))]
     modes = {chunk.training for chunk in trainer.chunks}
     again = trainer.step(batch(0), 0).loss  # The learning rate is too small to change it.
     return {"first": first, "again": again, "evaluations": evaluations, "modes": modes}

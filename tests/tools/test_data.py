@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from mlora.sft.objective import Sft
 from mlora_tools.data import Dataset, load_data, open_tokenizer
 from tests.tools.runs import write_base, write_pairs
 
@@ -16,7 +17,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def load(tokenizer: Any, *paths: Path, **changes: Any) -> Dataset:
     options = {"seq_length": 24, "packing": False, "vocab_size": 101, **changes}
-    return load_data(paths, tokenizer, **options)
+    return load_data(paths, tokenizer, Sft(), **options)
 
 
 @pytest.mark.parametrize("packing", [False, True])
