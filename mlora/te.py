@@ -109,8 +109,7 @@ class TeLora:
             return None
         from mlora.fused import Norm
 
-        weight = weight.detach()
-        return Norm(weight + 1 if self.zero_centered_gamma else weight, self.eps)  # type: ignore[attr-defined]
+        return Norm(self._gamma(weight.detach()), self.eps)  # type: ignore[attr-defined]
 
     def geometry(self, adapter: LinearAdapter | None, length: int) -> Geometry:
         """Of the linear in sequences of ``length`` tokens, with the current dropout mask."""
@@ -140,12 +139,17 @@ class TeLora:
         weight = getattr(self, "layer_norm_weight", None)
         if weight is None:
             return x
-        weight = weight.detach() + 1 if self.zero_centered_gamma else weight.detach()  # type: ignore[attr-defined]
         shape, eps = (x.shape[-1],), self.eps  # type: ignore[attr-defined]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        gamma = self._gamma(weight.detach()).to(wide)
         if self.normalization == "RMSNorm":  # type: ignore[attr-defined]
-            return torch.nn.functional.rms_norm(x, shape, weight.to(x.dtype), eps)
-        bias = self.layer_norm_bias.detach().to(x.dtype)  # type: ignore[attr-defined]
-        return torch.nn.functional.layer_norm(x, shape, weight.to(x.dtype), bias, eps)
+            return torch.nn.functional.rms_norm(x.to(wide), shape, gamma, eps).to(x.dtype)
+        bias = self.layer_norm_bias.detach().to(wide)  # type: ignore[attr-defined]
+        return torch.nn.functional.layer_norm(x.to(wide), shape, gamma, bias, eps).to(x.dtype)
+
+    def _gamma(self, weight: torch.Tensor) -> torch.Tensor:
+        """The norm's factor; 1 + weight in float32, where 16 bits would lose the weight's last ones."""
+        return weight.float() + 1 if self.zero_centered_gamma else weight  # type: ignore[attr-defined]
 
 
 class MlpLora:

@@ -11,166 +11,39 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-import mlora
-from mlora import LoraConfig, te
-from mlora.attach import factors
+from mlora import LoraConfig
 from mlora.dropout import MicroBatch, set_micro_batch
+from mlora.train import OptimizerSettings, Trainer
+from mlora_tools.bench_layers import (
+    FFN,
+    GROUPS,
+    HEADS,
+    HIDDEN,
+    INPUTS,
+    LAYERS,
+    VOCAB,
+    Layer,
+    Step,
+    adapter,
+    graphed,
+    held,
+    in_plain_torch,
+    layer_step,
+    medians,
+    prepared,
+    seconds,
+    transformer_config,
+)
+from mlora_tools.bench_linear import errors, inputs, linear_step, linears
 from parallel.launch import distributed
 from parallel.sizes import ParallelSizes
 
-HIDDEN, FFN, HEADS, GROUPS, WIDTH, LAYERS, VOCAB = 4096, 14336, 32, 8, 128, 32, 128256
-INPUTS = 4  # rotating sets, so that no run finds its input in the cache
-SECTIONS = ("layer", "graph", "shard", "peer", "model")
-Step = Callable[[int], None]
-
-
-def transformer_config(layers: int = 1, shards: int = 1) -> Any:
-    """Llama-3-8B's, or one tensor-parallel rank's piece of it for ``shards`` ranks."""
-    from megatron.core.transformer import TransformerConfig
-
-    return TransformerConfig(
-        num_layers=layers,
-        hidden_size=HIDDEN,
-        ffn_hidden_size=FFN // shards,
-        num_attention_heads=HEADS // shards,
-        num_query_groups=GROUPS // shards,
-        kv_channels=WIDTH,
-        normalization="RMSNorm",
-        layernorm_epsilon=1e-5,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bf16=True,
-        params_dtype=torch.bfloat16,
-        bias_activation_fusion=True,
-        bias_dropout_fusion=True,
-        apply_rope_fusion=True,
-    )
-
-
-class Layer(torch.nn.Module):
-    """One decoder layer of Transformer Engine's spec under the names that a whole model has."""
-
-    def __init__(self, shards: int = 1) -> None:
-        from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-        from megatron.core.transformer.spec_utils import build_module
-
-        super().__init__()
-        self.config = transformer_config(shards=shards)
-        layer = build_module(get_gpt_layer_with_transformer_engine_spec(), config=self.config, layer_number=1)
-        self.decoder = torch.nn.Module()
-        self.decoder.layers = torch.nn.ModuleList([layer])
-        self.rope = RotaryEmbedding(WIDTH, 1.0)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, 1, h] -> [T, 1, h]."""
-        layers: Any = self.decoder.layers
-        output: torch.Tensor = layers[0](x, attention_mask=None, rotary_pos_emb=self.rope(x.shape[0]))[0]
-        return output
-
-
-def prepared(model: torch.nn.Module, lora: LoraConfig | None, trained: bool = False) -> torch.nn.Module:
-    """``model`` with random weights on the GPU, adapted (B not zero) or frozen, or with ``trained`` neither."""
-    torch.manual_seed(0)
-    model.cuda()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, 0.02)
-    if lora is not None:
-        mlora.apply([model], lora)
-        with torch.no_grad():
-            for factor in factors([model]):
-                factor.parameter.normal_(0, 0.02)
-    elif not trained:
-        model.requires_grad_(False)
-    return model
-
-
-def adapter(rank: int = 16, **fields: Any) -> LoraConfig:
-    return LoraConfig(r=rank, lora_alpha=rank, **fields)
-
-
-@contextmanager
-def beside() -> Iterator[None]:
-    """The plain torch way for every linear while it lasts: PEFT's order of operations."""
-    rules = te._RULES
-    te._RULES = [(lambda module, adapter: False, "the benchmark asks for the plain way")]
-    try:
-        yield
-    finally:
-        te._RULES = rules
-
-
-def layer_step(model: torch.nn.Module, tokens: int, plain: bool = False) -> Step:
-    """Forward and backward of a layer on input number i."""
-    xs = [torch.randn(tokens, 1, HIDDEN, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(INPUTS)]
-    dys = [torch.randn_like(x) for x in xs]
-
-    def step(i: int) -> None:
-        x = xs[i % INPUTS]
-        x.grad = None
-        model(x).backward(dys[i % INPUTS])
-        for parameter in model.parameters():
-            parameter.grad = None
-
-    def plain_step(i: int) -> None:
-        with beside():
-            step(i)
-
-    return plain_step if plain else step
-
-
-def graphed(step: Step) -> Step:
-    """``step`` as a CUDA graph for each input."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for i in range(INPUTS):
-            step(i)
-    torch.cuda.current_stream().wait_stream(stream)
-    graphs = [torch.cuda.CUDAGraph() for _ in range(INPUTS)]
-    for i, graph in enumerate(graphs):
-        with torch.cuda.graph(graph):
-            step(i)
-    return lambda i: graphs[i % INPUTS].replay()
-
-
-def medians(steps: Mapping[str, Step], rounds: int, inner: int = 4, ahead_ms: float = 40.0) -> dict[str, float]:
-    """Milliseconds of each step. The GPU sleeps ``ahead_ms`` first, so that the CPU is ahead of it all the time."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 2):
-        for name, step in steps.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            torch.cuda._sleep(int(ahead_ms * 1.8e6))  # type: ignore[no-untyped-call]
-            begin.record()
-            for i in range(inner):
-                step(i)
-            end.record()
-            torch.cuda.synchronize()
-            if number >= 2:
-                times[name].append(begin.elapsed_time(end) / inner)
-    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
-
-
-def held(model: torch.nn.Module, tokens: int) -> float:
-    """MB of activations that one layer holds between forward and backward."""
-    x = torch.randn(tokens, 1, HIDDEN, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    model(x).sum().backward()
-    before = torch.cuda.memory_allocated()
-    y = model(x)
-    after = torch.cuda.memory_allocated()
-    del y
-    return (after - before) / 1e6
+SECTIONS = ("layer", "graph", "shard", "linear", "peer", "model")
 
 
 def layer_rows(tokens: int, rounds: int) -> dict[str, float]:
@@ -186,8 +59,9 @@ def layer_rows(tokens: int, rounds: int) -> dict[str, float]:
     steps = {name: layer_step(model, tokens) for name, model in models.items()}
     steps["plain torch, r 16"] = layer_step(prepared(Layer(), adapter(16)), tokens, plain=True)
     steps["full fine-tuning"] = layer_step(prepared(Layer(), None, trained=True), tokens)
+    first, second = (seconds(steps["LoRA r 16"]) for _ in range(2))
     times = medians(steps, rounds)
-    rows = {"frozen layer, ms": times["frozen"]}
+    rows = {"compilation of a layer's kernels, if not cached, s": first - second, "frozen layer, ms": times["frozen"]}
     rows |= {f"layer, {name}": time / times["frozen"] for name, time in times.items() if name != "frozen"}
     activations = {name: held(models[name], tokens) for name in ("frozen", "LoRA r 16", "LoRA r 64")}
     rows |= {
@@ -199,19 +73,44 @@ def layer_rows(tokens: int, rounds: int) -> dict[str, float]:
 
 
 def graph_rows(rounds: int) -> dict[str, float]:
-    """1024 tokens with CUDA graphs."""
-    steps = {
-        name: graphed(layer_step(prepared(Layer(), lora), 1024)) for name, lora in (("f", None), ("l", adapter(16)))
-    }
-    times = medians(steps, rounds, inner=8, ahead_ms=1.0)
-    return {"layer, 1024 tokens, CUDA graph, LoRA r 16": times["l"] / times["f"]}
+    """With CUDA graphs, where nothing waits for the CPU: few tokens, many, and one rank's piece at tensor parallel 8."""
+    rows: dict[str, float] = {}
+    for name, shards, tokens in (("1024 tokens", 1, 1024), ("8192 tokens", 1, 8192), ("TP 8 shard shapes", 8, 8192)):
+        steps = {
+            kind: graphed(layer_step(prepared(Layer(shards), lora), tokens))
+            for kind, lora in (("frozen", None), ("LoRA", adapter(16)))
+        }
+        times = medians(steps, rounds, inner=4, ahead_ms=1.0)
+        rows[f"layer, {name}, CUDA graph, LoRA r 16"] = times["LoRA"] / times["frozen"]
+    return rows
 
 
 def shard_rows(rounds: int) -> dict[str, float]:
-    """One rank's piece at tensor parallel 8, compute only."""
+    """One rank's piece at tensor parallel 8, compute only, launched one by one."""
     steps = {name: layer_step(prepared(Layer(8), lora), 8192) for name, lora in (("f", None), ("l", adapter(16)))}
     times = medians(steps, rounds, inner=6)
     return {"layer, TP 8 shard shapes, LoRA r 16": times["l"] / times["f"]}
+
+
+def linear_rows(tokens: int, rounds: int) -> dict[str, float]:
+    """Each linear alone: ratios to frozen, and relative errors against float32, ours and the plain order's."""
+    frozen, adapted = (linears(prepared(Layer(), lora).decoder.layers[0]) for lora in (None, adapter(16)))  # type: ignore[union-attr,index]
+    plain = linears(prepared(Layer(), adapter(16)).decoder.layers[0])  # type: ignore[union-attr,index]
+    rows: dict[str, float] = {}
+    for name, linear in adapted.items():
+        given = inputs(linear, tokens, INPUTS)
+        steps = {
+            "frozen": linear_step(frozen[name], *given),
+            "ours": linear_step(linear, *given),
+            "plain": in_plain_torch(linear_step(plain[name], *given)),
+        }
+        times = medians(steps, rounds, inner=8)
+        rows[f"{name}, LoRA r 16"] = times["ours"] / times["frozen"]
+        rows[f"{name}, plain torch, r 16"] = times["plain"] / times["frozen"]
+        for kind, (ours, theirs) in errors(linear, 1024).items():
+            rows[f"{name}, error of {kind}, ours"] = ours
+            rows[f"{name}, error of {kind}, plain bf16"] = theirs
+    return rows
 
 
 def peer_rows(tokens: int, rounds: int) -> dict[str, float]:
@@ -254,14 +153,14 @@ def peer_rows(tokens: int, rounds: int) -> dict[str, float]:
 
 
 def model_rows(tokens: int, layers: int) -> dict[str, float]:
-    """A whole Llama-3-8B with random weights: tokens a second."""
+    """A whole Llama-3-8B with random weights: tokens a second, and what the optimizer takes."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     ids = torch.randint(0, VOCAB, (1, tokens), device="cuda")
     position = torch.arange(tokens, device="cuda")[None]
 
-    def step_of(lora: LoraConfig | None) -> Step:
+    def model_of(lora: LoraConfig | None) -> Any:
         model: Any = GPTModel(
             config=transformer_config(layers),
             transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(),
@@ -271,19 +170,47 @@ def model_rows(tokens: int, layers: int) -> dict[str, float]:
         )
         prepared(model, lora)
         model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+        return model
 
-        def step(i: int) -> None:
+    name, rows = f"Llama-3-8B, {layers} layers", {}
+    rates = {}
+    for kind, lora in (("frozen", None), ("LoRA r 16", adapter(16))):
+        model = model_of(lora)
+
+        def step(i: int, model: Any = model) -> None:
             model(ids, position, None, labels=ids).mean().backward()
 
-        return step
-
-    rows = {}
-    for name, lora in (("frozen", None), ("LoRA r 16", adapter(16))):
-        time = medians({name: step_of(lora)}, 5, inner=1, ahead_ms=300.0)[name]
-        rows[f"Llama-3-8B, {layers} layers, {name}, tokens/s"] = tokens / time * 1e3
+        rates[kind] = tokens / medians({kind: step}, 5, inner=1, ahead_ms=300.0)[kind] * 1e3
+        rows[f"{name}, {kind}, tokens/s"] = rates[kind]
+        if lora is not None:
+            rows[f"{name}, LoRA / frozen"] = rates["LoRA r 16"] / rates["frozen"]
+            rows |= {f"{name}, {key}": value for key, value in optimizer_rows(model).items()}
+        del model, step
         torch.cuda.empty_cache()
-    values = list(rows.values())
-    return {**rows, f"Llama-3-8B, {layers} layers, LoRA / frozen": values[1] / values[0]}
+    return rows
+
+
+def optimizer_rows(model: Any) -> dict[str, float]:
+    """A step of Megatron's distributed optimizer on an adapted model, on one rank, and what it adds to the memory."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    trainer = Trainer([model], OptimizerSettings(lr=1e-4))
+
+    def step(i: int) -> None:
+        for chunk in trainer.wrapped:
+            for buffer in chunk.buffers:
+                buffer.grad_data.normal_()
+        trainer.optimizer.step()
+
+    time = medians({"step": step}, 5, inner=2)["step"]
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {
+        "trainable parameters, millions": count / 1e6,
+        "optimizer step, ms": time,
+        "gradients and optimizer, MB": (torch.cuda.memory_allocated() - before) / 1e6,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -320,6 +247,8 @@ def _rows(section: str, arguments: argparse.Namespace) -> dict[str, float]:
         return graph_rows(arguments.rounds)
     if section == "shard":
         return shard_rows(arguments.rounds)
+    if section == "linear":
+        return linear_rows(arguments.tokens, arguments.rounds)
     if section == "peer":
         return peer_rows(arguments.tokens, arguments.rounds)
     return model_rows(arguments.tokens, arguments.layers)

@@ -143,8 +143,9 @@ def plain(linear: Any, dtype: torch.dtype, given: torch.dtype) -> dict[str, torc
     x = random(3, TOKENS, ROWS, linear.in_features, dtype=given).to(dtype).requires_grad_()
     v = x
     if getattr(linear, "layer_norm_weight", None) is not None:
-        weight = linear.layer_norm_weight.detach().to(dtype) + (1 if linear.zero_centered_gamma else 0)
-        v = torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, linear.eps)
+        wide = torch.promote_types(dtype, torch.float32)  # As every norm is computed.
+        weight = linear.layer_norm_weight.detach().to(wide) + (1 if linear.zero_centered_gamma else 0)
+        v = torch.nn.functional.rms_norm(x.to(wide), (x.shape[-1],), weight, linear.eps).to(dtype)
     y = v @ linear.weight.detach().to(dtype).T
     if linear.use_bias:
         y = y + linear.bias.detach().to(dtype)
