@@ -1,6 +1,7 @@
 """``apply``: freeze the base and hang adapters below its linears, without replacing a module or renaming a parameter."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -284,8 +285,16 @@ def _is_split(name: str, module: torch.nn.Module, leaf: str, parameter: torch.nn
 
 
 def _log_summary(chunks: Sequence[torch.nn.Module], adapter_name: str) -> None:
-    trainable, total = parameter_counts(chunks)
+    """Which linears have the adapter, and how many of the model's parameters are its own, each global element once."""
+    group = parallel_state.get_model_parallel_group()
+    sizes = {factor.name: math.prod(factor.shape) for factor in factors(chunks, adapter_name)}
+    gathered: list[dict[str, int] | None] = [None] * group.size()
+    torch.distributed.all_gather_object(gathered, sizes, group=group)  # No rank need hold a piece of every factor.
+    own = sum({name: size for part in gathered if part for name, size in part.items()}.values())
+    _, total = parameter_counts(chunks)
+    trains = union_over_stages({"yes" for factor in factors(chunks, adapter_name) if factor.parameter.requires_grad})
     linears = union_over_stages({bank.layout.name for bank in banks(chunks) if adapter_name in bank.adapters})
     if torch.distributed.get_rank() == 0:
-        share = f"{trainable:,} of {total:,} parameters train ({trainable / total:.4%})"
+        does = "train" if trains else "are its own, and do not train"
+        share = f"{own:,} of {total:,} parameters {does} ({own / total:.4%})"
         logger.info("LoRA adapter %r on %d linears; %s", adapter_name, len(linears), share)

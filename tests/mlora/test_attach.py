@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -478,3 +479,31 @@ def test_recomputing_gives_the_same_gradients(layout: str, config: LoraConfig) -
         tolerance = 1e-12 if LAYOUTS[layout][1].tensor == 1 else 1e-6  # The loss over a cut vocabulary is float32.
         for name, gradient in found.items():
             assert (gradient - expected[name]).abs().max() <= tolerance * expected[name].abs().max(), (recompute, name)
+
+
+def summaries(rank: int) -> list[str]:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("mlora.attach")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    chunks = gpt.build(ParallelSizes(tensor=4), num_query_groups=2)  # Two ranks hold no row of k, two none of v.
+    mlora.apply(chunks, LoraConfig(r=2, target_modules=["k_proj", "v_proj"]))
+    total = mlora.parameter_counts(chunks)[1]
+    mlora.apply(chunks, LoraConfig(r=4, target_modules=["k_proj"]), adapter_name="second")
+    logger.removeHandler(handler)
+    return [*said, str(total)]
+
+
+def test_the_summary_counts_the_adapter_that_was_added() -> None:
+    first, *others = run_ranks(4, summaries, sizes=ParallelSizes(tensor=4))
+    assert all(other[:-1] == [] for other in others)
+    # A [r, 32] and B [2 groups x 4, r] of each projection, in four layers.
+    one, two = 4 * 2 * (2 * 32 + 8 * 2), 4 * (4 * 32 + 8 * 4)
+    total = int(first[-1])
+    assert first[:-1] == [
+        f"LoRA adapter 'default' on 4 linears; {one:,} of {total:,} parameters train ({one / total:.4%})",
+        f"LoRA adapter 'second' on 4 linears; {two:,} of {total + two:,} parameters are its own, and do not train "
+        f"({two / (total + two):.4%})",
+    ]
