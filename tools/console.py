@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -27,10 +28,12 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None,
 
 @contextmanager
 def progress(total: int, title: str) -> Iterator[Callable[[int], Any]]:
-    """A function to tell of bytes that are done; with tqdm installed, a bar appears after two seconds."""
+    """A function to tell of bytes that are done; a bar appears after two seconds, or a line says that there is no tqdm for it."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
+        if sys.stderr.isatty():
+            print(f"{title}: no progress bar, because tqdm is not installed", file=sys.stderr)
         yield lambda size: None
         return
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=2, dynamic_ncols=True, leave=False) as bar:

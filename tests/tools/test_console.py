@@ -54,7 +54,13 @@ def test_a_bar_appears_after_two_seconds_only(capsys: pytest.CaptureFixture[str]
         assert "merging:  60%" in capsys.readouterr().err
 
 
-def test_there_is_no_bar_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_there_is_no_bar_without_tqdm_and_a_terminal_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_terminal: bool
+) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     with console.progress(100, "merging") as advance:
         advance(50)
+    said = "merging: no progress bar, because tqdm is not installed\n" if is_terminal else ""
+    assert capsys.readouterr().err == said
