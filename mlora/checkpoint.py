@@ -14,7 +14,6 @@ It is written under a temporary name, checked and then renamed, so a directory `
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,21 +29,24 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from mlora.adapter import Factor, LinearAdapter
 from mlora.attach import DEFAULT_ADAPTER, banks, linear_adapters
 from mlora.config import LoraConfig
+from mlora.description import CONFIG_FILE as CONFIG_FILE
+from mlora.description import FORMAT as FORMAT
+from mlora.description import INFO_FILE as INFO_FILE
+from mlora.description import ITERATION as ITERATION
+from mlora.description import checkpoints as checkpoints
+from mlora.description import latest_checkpoint as latest_checkpoint
+from mlora.description import read_info as read_info
 from mlora.folder import complete, make_empty, remove
 from parallel.optimizer import check_settings, saveable
 from parallel.optimizer import load as load_optimizer
 from parallel.random import random_states, restore_random_states
 from parallel.stages import as_chunks, union_over_stages
-from parallel.storage import DamagedError, Reader, read, write
+from parallel.storage import Reader, read, read_pieces, write
 from parallel.together import on_rank_zero, together
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "adapter_config.json"
-INFO_FILE = "mlora.json"
 PREFIX = "adapter."
-FORMAT = 1
-ITERATION = re.compile(r"iter_(\d{7,})")
 # The optimizer's layout in the file: one tensor a parameter, so that it loads at any layout.
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -131,7 +133,7 @@ def save_checkpoint(
     partial = final.with_name(final.name + ".partial")
     adapters = adapter_sharded_state(model, adapter_name)
     _check_finite({name: piece.data for name, piece in adapters.items()}, "not saved")
-    info = _info(model, adapter_name, iteration, base) | {"training": training is not None}
+    info = describe(model, adapter_name, iteration, base) | {"training": training is not None}
     texts = {CONFIG_FILE: _json(adapter_config(model, adapter_name).to_dict()), INFO_FILE: _json(info)}
     state = {"adapter": adapters, **(_training_state(training, adapters, is_loading=False) if training else {})}
     on_rank_zero(lambda: make_empty(partial, final))
@@ -178,7 +180,7 @@ def load_checkpoint(
         state |= _training_state(training, adapters, is_loading=True)
         if info["parallel"] != _parallel():
             del state["random"]
-    loaded = together(lambda: read(state, checkpoint))
+    loaded = together(lambda: read(state, checkpoint) if training else read_pieces(state, checkpoint))
     weights = loaded.get("adapter", {})  # A stage may hold none of the adapter.
     _check_finite(weights, f"{checkpoint} is not loaded")
     if training:
@@ -195,46 +197,6 @@ def load_checkpoint(
     else:
         logger.info("resuming at another layout than %s: random states start anew", info["parallel"])
     return dict(loaded["state"])
-
-
-def checkpoints(folder: str | Path) -> list[Path]:
-    """The whole checkpoints in ``folder``, oldest first."""
-    found = [
-        path for path in Path(folder).glob("iter_*") if ITERATION.fullmatch(path.name) and (path / INFO_FILE).is_file()
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("iter_")))
-
-
-def latest_checkpoint(folder: str | Path) -> Path:
-    """The newest whole checkpoint.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    found = checkpoints(folder)
-    if not found:
-        raise FileNotFoundError(f"no checkpoint in {folder}")
-    return found[-1]
-
-
-def read_info(checkpoint: str | Path) -> dict[str, Any]:
-    """What ``mlora.json`` says.
-
-    Raises:
-        FileNotFoundError: it is no checkpoint of mlora's.
-        DamagedError: it cannot be read.
-        ValueError: it was written in another format.
-    """
-    path = Path(checkpoint) / INFO_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{checkpoint} is no mlora checkpoint: it has no {INFO_FILE}")
-    try:
-        info: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise DamagedError(f"{path} cannot be read: {error}") from error
-    if info.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {info.get('format')!r}; this version reads format {FORMAT}")
-    return info
 
 
 def _training_state(training: Training, adapters: dict[str, ShardedTensor], is_loading: bool) -> dict[str, Any]:
@@ -262,7 +224,8 @@ def _parallel() -> dict[str, int]:
     }
 
 
-def _info(model: Model, adapter_name: str, iteration: int, base: Mapping[str, Any] | None) -> dict[str, Any]:
+def describe(model: Model, adapter_name: str, iteration: int, base: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The content of ``mlora.json``, on every stage alike. A collective of the pipeline group."""
     adapters: list[LinearAdapter] = [a for bank in banks(model) if (a := bank.adapter(adapter_name)) is not None]
     rows = {
         json.dumps([a.layout.name, part, a.hf_names[part], a.hf_rows[part], a.ranks[part], a.scaling[part]])

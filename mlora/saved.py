@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from mlora.attach import DEFAULT_ADAPTER, apply
-from mlora.checkpoint import CONFIG_FILE, load_checkpoint
+from mlora.checkpoint import load_checkpoint
 from mlora.config import LoraConfig
 from mlora.conversion import open_adapter
 from mlora.conversion.importing import Import, load_import, plan_import
+from mlora.description import read_lora_config
 from mlora.pretrained import Pretrained
 from mlora.switch import delete_adapter
 from parallel.stages import as_chunks
@@ -43,7 +44,7 @@ class SavedAdapter:
         """
         state = open_adapter(path)
         if state.format != "peft":
-            return cls(state.source, LoraConfig.from_json(state.source / CONFIG_FILE), None)
+            return cls(state.source, read_lora_config(state.source), None)
         if base is None:
             raise ValueError(f"{path} is a PEFT directory, which is loaded by the names of its base model: give base")
         plan = plan_import(state, base)

@@ -36,6 +36,7 @@ from parallel.together import on_rank_zero, raise_for, together
 # Where Megatron keeps what is no sharded tensor or object: the same on every rank, written by rank 0.
 PLAIN = ShardedObject("common_state", None, (1,), (0,))
 DIRECTORY = ".metadata"
+FORMAT_FILE = "metadata.json"  # The last that is written.
 # All that a directory of tensors names. A pickle that names anything else is refused before it is built. Megatron's own writer
 # leaves the ranks' plans in it, which are not used here.
 _RECORDS = {
@@ -148,10 +149,15 @@ def read(state: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         DamagedError: a file is missing, truncated or changed; it is named.
         ValueError: a tensor or an object is missing or of another shape; it is named.
     """
-    wanted, _ = extract_sharded_base(dict(state))
+    loaded = read_pieces(state, folder)
     with Reader(folder) as reader:
-        loaded = dict_list_map_inplace(reader.load, wanted)
         return merge(reader.object(PLAIN.unique_key), loaded)  # type: ignore[no-any-return]
+
+
+def read_pieces(state: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """:func:`read` without the plain values, which other writers pickle in ways of their own."""
+    with Reader(folder) as reader:
+        return dict_list_map_inplace(reader.load, extract_sharded_base(dict(state))[0])  # type: ignore[no-any-return]
 
 
 class Reader:
@@ -164,7 +170,7 @@ class Reader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.metadata = _read_directory(self.folder / DIRECTORY)
+        self.metadata = read_directory(self.folder / DIRECTORY)
         self._files: dict[str, io.BufferedReader] = {}
         self._loader = Loader()
         self._passing = bytearray()  # Memory that is in use is faster than new memory.
@@ -288,7 +294,8 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read_directory(path: Path) -> Metadata:
+def read_directory(path: Path) -> Metadata:
+    """The directory of tensors in a file; it runs no code."""
     try:
         with path.open("rb") as file:
             metadata = _Unpickler(file).load()

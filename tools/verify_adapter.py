@@ -186,11 +186,12 @@ def attach(state: AdapterState, base: Pretrained, chunks: list[torch.nn.Module])
     import torch
 
     import mlora
-    from mlora.checkpoint import CONFIG_FILE, load_checkpoint
+    from mlora.checkpoint import load_checkpoint
     from mlora.conversion.importing import load_import, plan_import
+    from mlora.description import read_lora_config
 
     plan = plan_import(state, base) if state.format == "peft" else None
-    config = plan.config if plan else mlora.LoraConfig.from_json(state.source / CONFIG_FILE)
+    config = plan.config if plan else read_lora_config(state.source)
     mlora.apply(chunks, replace(config, adapter_dtype=torch.float32), family=base.family)
     if plan:
         load_import(plan, chunks)

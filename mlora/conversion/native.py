@@ -13,6 +13,7 @@ from mlora.checkpoint import CONFIG_FILE, INFO_FILE, PREFIX, checkpoints, latest
 from mlora.config import decomposes
 from mlora.conversion.peft_config import read_config
 from mlora.conversion.state import AdapterModule, AdapterState, LazyTensor, Report, joined, natural_order
+from mlora.description import is_checkpoint
 from parallel.storage import Reader
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 def is_native(path: Path) -> bool:
     """Whether ``path`` is a native checkpoint or a folder of them."""
-    return (path / INFO_FILE).is_file() or bool(checkpoints(path))
+    return is_checkpoint(path) or bool(checkpoints(path))
 
 
 def open_native(path: Path, report: Report) -> AdapterState:
@@ -29,7 +30,7 @@ def open_native(path: Path, report: Report) -> AdapterState:
     Raises:
         ValueError: a file is missing or damaged as a whole.
     """
-    checkpoint = path if (path / INFO_FILE).is_file() else latest_checkpoint(path)
+    checkpoint = path if is_checkpoint(path) else latest_checkpoint(path)
     if checkpoint != path:
         logger.info("%s holds %d checkpoints; reading the newest, %s", path, len(checkpoints(path)), checkpoint.name)
     info, reader = read_info(checkpoint), Reader(checkpoint)
@@ -37,7 +38,7 @@ def open_native(path: Path, report: Report) -> AdapterState:
         key.removeprefix(PREFIX): _lazy(checkpoint, reader, key, *place)
         for key, place in reader.tensors(PREFIX).items()
     }
-    config = read_config(checkpoint / CONFIG_FILE)
+    config = info["lora"] if "lora" in info else read_config(checkpoint / CONFIG_FILE)
     uses_dora, has_start = bool(config.get("use_dora")), decomposes(config.get("init_lora_weights"))
     modules, used = [], set()
     for name, parts in _by_hf_module(_projections(info, checkpoint / INFO_FILE)).items():

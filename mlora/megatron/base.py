@@ -1,0 +1,210 @@
+"""Where a Megatron script's base and adapter come from, and loading the base strictly before the adapter is attached.
+
+| ``--pretrained-checkpoint`` | ``--load`` | |
+|---|---|---|
+| base | none, or an empty directory | a new adapter |
+| base | adapter | the adapter goes on (with ``--finetune``: its weights only, from iteration 0) |
+| none | base, with ``--finetune`` | a new adapter |
+
+All else is an error.
+"""
+
+import contextlib
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import check_is_distributed_checkpoint, load_tensors_metadata
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.nn.modules.module import _IncompatibleKeys
+
+from mlora.checkpoint import PREFIX
+from parallel.together import together
+
+Shapes = dict[str, tuple[int, ...] | None]
+# With these values of --dist-ckpt-strictness a base may hold more than the model.
+_LENIENT = ("ignore_all", "log_all", "return_all")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the base is.
+
+    Attributes:
+        option: the name of the argument that says it: ``pretrained_checkpoint`` or ``load``.
+        checkpoint: the directory of its newest, or chosen, checkpoint.
+    """
+
+    option: str
+    checkpoint: Path
+
+    @classmethod
+    def of(cls, args: Namespace) -> "Source":
+        """From Megatron's arguments.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint where one is named.
+            ValueError: there is no base, or the options contradict each other or what the checkpoints hold.
+        """
+        loaded = _newest(args, "load")
+        has_adapter = loaded is not None and _holds_adapter(loaded)
+        if args.pretrained_checkpoint is None:
+            if has_adapter:
+                raise ValueError(
+                    f"--load {args.load} holds an adapter without its base: give --pretrained-checkpoint too"
+                )
+            if loaded is None:
+                raise ValueError(
+                    "LoRA needs a base model: give its checkpoint as --pretrained-checkpoint"
+                    + (f" (--load {args.load} holds none)" if args.load else "")
+                )
+            if not args.finetune:
+                raise ValueError(
+                    f"--load {args.load} holds no adapter to go on with: if it is the base, give it as --pretrained-checkpoint, or "
+                    f"add --finetune"
+                )
+            return cls("load", loaded)
+        base = _newest(args, "pretrained_checkpoint")
+        if base is None:
+            raise FileNotFoundError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint")
+        if _holds_adapter(base):
+            raise ValueError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds an adapter, not a base model")
+        if loaded is not None and not has_adapter:
+            raise ValueError(
+                f"--load {args.load} holds no adapter, and --pretrained-checkpoint {args.pretrained_checkpoint} is the base: which "
+                f"of them is it?"
+            )
+        return cls("pretrained_checkpoint", base)
+
+
+def load_base(args: Namespace, chunks: Sequence[torch.nn.Module]) -> None:
+    """Load the base weights by Megatron's own loader, and let Megatron's later loading know that it is done.
+
+    Every rank calls it, with its unwrapped chunks, before an adapter is attached. Afterwards ``args`` names no base any more: what
+    is left in ``args.load`` is the adapter's.
+
+    Raises:
+        FileNotFoundError, ValueError: as :meth:`Source.of`; a weight is missing, has another shape, or (unless
+            ``--dist-ckpt-strictness`` is ignore_all or log_all) is left over: it is named. On every rank alike.
+    """
+    from megatron.training.checkpointing import load_checkpoint
+
+    source = together(lambda: Source.of(args))
+    if check_is_distributed_checkpoint(str(source.checkpoint)):
+        _check_same(source, chunks, lenient=args.dist_ckpt_strictness in _LENIENT)
+    with _only_weights(args, source):
+        load_checkpoint([_Strict(chunk, source) for chunk in chunks], None, None, load_arg=source.option)
+    setattr(args, source.option, None)
+    if args.load is not None and _newest(args, "load") is None:
+        args.load = None  # Else --exit-on-missing-checkpoint would end a first start.
+
+
+@contextlib.contextmanager
+def _only_weights(args: Namespace, source: Source) -> Iterator[None]:
+    """Megatron's arguments as they must be to load model weights and nothing else."""
+    only: dict[str, Any] = {
+        "finetune": True,
+        "non_persistent_ckpt_type": None,
+        "override_ckpt_iteration": None,
+        "exit_on_missing_checkpoint": False,
+    }
+    if source.option == "pretrained_checkpoint":
+        only["ckpt_step"] = None  # It is of --load.
+    kept = {name: getattr(args, name) for name in only if hasattr(args, name)}
+    vars(args).update(only)
+    try:
+        yield
+    finally:
+        for name in only:
+            if name in kept:
+                setattr(args, name, kept[name])
+            else:
+                delattr(args, name)
+
+
+class _Strict(torch.nn.Module):
+    """Stands for a chunk in Megatron's loader, which would try again without ``strict`` where keys are missing."""
+
+    def __init__(self, chunk: torch.nn.Module, source: Source) -> None:
+        super().__init__()
+        self.chunk = [chunk]  # In a list, so that no key gets a prefix.
+        self.source = source
+        self.config = getattr(chunk, "config", None)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.chunk[0].sharded_state_dict(*args, **kwargs)  # type: ignore[operator]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = self.chunk[0].load_state_dict(state_dict, strict=False)
+        wrong = [key for key in (*result.missing_keys, *result.unexpected_keys) if not key.endswith("_extra_state")]
+        if wrong:
+            raise ValueError(
+                f"{self.source.checkpoint} is not this model's: {', '.join(wrong[:5])} is in one of them only"
+            )
+        return _IncompatibleKeys([], [])
+
+
+def _newest(args: Namespace, option: str) -> Path | None:
+    """The checkpoint that Megatron would load from the directory that an option names, if there is one."""
+    from megatron.training.checkpointing import checkpoint_exists, get_checkpoint_tracker_filename, read_metadata
+
+    folder = getattr(args, option)
+    step = getattr(args, "ckpt_step", None) if option == "load" else None
+    if not checkpoint_exists(folder):
+        return None
+    iteration, is_release = read_metadata(get_checkpoint_tracker_filename(folder))
+    name = "release" if is_release and not step else f"iter_{step or iteration:07d}"
+    if not (Path(folder) / name).is_dir():
+        raise FileNotFoundError(f"--{option.replace('_', '-')} {folder} has no {name}")
+    return Path(folder) / name
+
+
+def _holds_adapter(checkpoint: Path) -> bool:
+    return check_is_distributed_checkpoint(str(checkpoint)) and any(
+        key.startswith(PREFIX) for key in _shapes(checkpoint)
+    )
+
+
+def _shapes(checkpoint: Path) -> Shapes:
+    return {key: tuple(tensor.global_shape) for key, tensor in load_tensors_metadata(str(checkpoint)).items()}
+
+
+def _check_same(source: Source, chunks: Sequence[torch.nn.Module], lenient: bool) -> None:
+    stored = together(lambda: _shapes(source.checkpoint))
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    wanted: Shapes = {}
+    for chunk in chunks:
+        state = chunk.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+        for piece in nested_values(state):
+            if isinstance(piece, ShardedTensor):
+                # The vocabulary is padded to the tensor-parallel size, and that may be another.
+                wanted[piece.key] = None if piece.allow_shape_mismatch else tuple(piece.global_shape)
+    everywhere: list[Shapes] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everywhere, wanted)
+    whole: Shapes = {key: shape for part in everywhere for key, shape in part.items()}
+    problems = [f"it lacks {key}" for key in sorted(whole.keys() - stored.keys())]
+    problems += [
+        f"{key} has shape {stored[key]}, in the model {whole[key]}"
+        for key in sorted(whole.keys() & stored.keys())
+        if whole[key] is not None and stored[key] != whole[key]
+    ]
+    if not lenient:
+        problems += [
+            f"it holds {key}, which the model has not"
+            for key in sorted(stored.keys() - whole.keys())
+            if _is_weight(key)
+        ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{source.checkpoint} is not this model's base: {'; '.join(problems[:5])}{more}")
+
+
+def _is_weight(key: str) -> bool:
+    """No optimizer state: ``optimizer.state.exp_avg.decoder...``, ``chained_0.optimizer...``."""
+    return "optimizer" not in key.split(".")[:2]

@@ -1,0 +1,121 @@
+"""Megatron's training scripts on the CPU, in forked ranks: real parser, data sets, schedules, checkpoints, logging and evaluation.
+
+Only what asks for a GPU is answered for the CPU. Wheels before 0.17 have no ``megatron.training``.
+"""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel.optimizer import allocate_adam_state
+from parallel.sizes import ParallelSizes
+from tests.ranks import run_ranks
+
+needs_training = pytest.mark.skipif(
+    importlib.util.find_spec("megatron.training") is None, reason="this megatron-core has no megatron.training"
+)
+# A small GPT on invented data; float32, on Megatron's local layers.
+MODEL = """
+    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --vocab-size 127
+    --make-vocab-size-divisible-by 32 --tokenizer-type NullTokenizer --mock-data --split 90,5,5 --transformer-impl local
+    --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-persist-layer-norm
+    --no-gradient-accumulation-fusion --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.2
+"""
+STEPS = """
+    --micro-batch-size 2 --global-batch-size 8 --train-iters 4 --lr 1e-2 --weight-decay 0 --calculate-per-token-loss
+    --log-interval 1 --eval-interval 100 --eval-iters 1 --save-interval 2 --distributed-backend gloo
+"""
+
+
+@contextlib.contextmanager
+def training_on_cpu(argv: Sequence[str]) -> Iterator[None]:
+    """This rank as a process that was started with these arguments."""
+    from megatron.training import arguments, training
+
+    ranks = {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    without_cuda = partial(training.initialize_megatron, allow_no_cuda=True)
+    with (
+        mock.patch.dict(os.environ, ranks),
+        mock.patch("sys.argv", ["script", *argv]),
+        mock.patch.object(training, "initialize_megatron", without_cuda),
+        mock.patch.object(arguments, "get_device_arch_version", lambda: 10),
+        mock.patch.object(torch._dynamo.config, "disable", True),
+        mock.patch.object(training.sys, "exit", _leave),
+        mock.patch.object(training, "get_megatron_optimizer", _ready(training.get_megatron_optimizer)),
+    ):
+        try:
+            yield
+        finally:
+            _end_writers()
+
+
+def _ready(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch's Adam stands for Transformer Engine's, which Megatron can ask for its state before the first step."""
+
+    def made(*args: Any, **kwargs: Any) -> Any:
+        optimizer = make(*args, **kwargs)
+        allocate_adam_state(optimizer)
+        return optimizer
+
+    return made
+
+
+class _Left(Exception):
+    """``--exit-interval`` ended the script."""
+
+
+def _leave(code: int | None = None) -> None:
+    raise _Left if not code else SystemExit(code)
+
+
+def _end_writers() -> None:
+    """Ends the process that Megatron's saving keeps: a forked rank leaves without the clean-up that would."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is not None:
+        filesystem_async._results_queue._manager.shutdown()
+
+
+def _script(rank: int, main: Callable[[], Any], argv: Sequence[str], watch: Callable[[], Any] | None) -> dict[str, Any]:
+    from megatron.training import training
+
+    seen: list[tuple[int, dict[str, float], float]] = []
+    log = training.training_log
+
+    def log_and_keep(losses: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        by_name = dict(zip(("total", "lr", "iteration", "scale", "report", "skipped", "grad_norm"), args, strict=False))
+        seen.append((by_name["iteration"], {k: float(v) for k, v in losses.items()}, by_name["grad_norm"]))
+        return log(losses, *args, **kwargs)
+
+    with training_on_cpu(argv), mock.patch.object(training, "training_log", log_and_keep):
+        with contextlib.suppress(_Left):
+            main()
+        return {
+            "steps": {iteration: (losses.get("lm loss"), grad_norm) for iteration, losses, grad_norm in seen},
+            "watched": watch() if watch else None,
+        }
+
+
+def run_script(
+    main: Callable[[], Any],
+    *argv: str,
+    size: int = 1,
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual: int | None = None,
+    watch: Callable[[], Any] | None = None,
+) -> list[dict[str, Any]]:
+    """``main`` as ``size`` ranks; of each its losses and gradient norms by iteration, and what ``watch`` says at the end."""
+    sizes = ParallelSizes(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual)
+    layout = ["--tensor-model-parallel-size", str(tensor), "--pipeline-model-parallel-size", str(pipeline)]
+    if virtual:
+        layout += ["--num-virtual-stages-per-pipeline-rank", str(virtual)]
+    return run_ranks(size, _script, main, [*MODEL.split(), *STEPS.split(), *layout, *argv], watch, sizes=sizes)
