@@ -5,7 +5,7 @@ PEFT draws its own from torch's generator, which no sharded run can repeat, so i
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,16 @@ def megatron_module(name: str) -> str:
     return f"decoder.layers.{layer}.{MEGATRON_MODULES[leaf]}"
 
 
-def train_with_peft(path: Path, case: Case, initial: dict[str, torch.Tensor]) -> Run:
-    """The run ``case`` from the adapter weights ``initial``, under PEFT's keys."""
+def train_with_peft(
+    path: Path,
+    case: Case,
+    initial: dict[str, torch.Tensor],
+    loss_of: Callable[[Any, int], torch.Tensor] | None = None,
+) -> Run:
+    """The run ``case`` from the adapter weights ``initial``, under PEFT's keys.
+
+    ``loss_of`` gives the loss of the model in an iteration; by default it is that of the case's samples.
+    """
     from peft import get_peft_model_state_dict
 
     model = peft_model(path, case.lora, initial)
@@ -95,7 +103,10 @@ def train_with_peft(path: Path, case: Case, initial: dict[str, torch.Tensor]) ->
             if isinstance(module, OurDropout):
                 module.step = iteration
         optimizer.zero_grad()
-        loss = _loss(model, global_batch(case.packed, iteration))
+        if loss_of is None:
+            loss = _loss(model, global_batch(case.packed, iteration))
+        else:
+            loss = loss_of(model, iteration)
         loss.backward()
         limit = case.optimizer.clip_grad or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(trainable, limit)
@@ -154,6 +165,12 @@ def _schedule(optimizer: torch.optim.Optimizer, case: Case) -> Any:
 
 def _loss(model: Any, batch: Sequence[Sample]) -> torch.Tensor:
     """The mean over the target tokens of the samples, each in a row of its own that is padded at the right."""
+    logits, labels = padded(model, batch)
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100)
+
+
+def padded(model: Any, batch: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits [b, s, vocabulary], labels [b, s], -100 where there is no target) of samples in rows of their own."""
     ids = torch.full((len(batch), LENGTH), PADDING)
     labels = torch.full((len(batch), LENGTH), -100)
     attended = torch.zeros(len(batch), LENGTH, dtype=torch.long)
@@ -163,8 +180,7 @@ def _loss(model: Any, batch: Sequence[Sample]) -> torch.Tensor:
         attended[row, :count] = 1
         labels[row, :count] = torch.from_numpy(sample.tokens[1:]).long()
         labels[row, :count][~torch.from_numpy(sample.is_target[1:])] = -100
-    logits = model(input_ids=ids, attention_mask=attended).logits
-    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100)
+    return model(input_ids=ids, attention_mask=attended).logits, labels
 
 
 @torch.no_grad()

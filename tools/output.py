@@ -17,7 +17,12 @@ from parallel.storage import naming
 logger = logging.getLogger(__name__)
 
 _VERSIONS = ("megatron-mlora", "torch", "megatron-core", "transformers", "tokenizers", "numpy", "safetensors")
-_DIGESTS = ("--model", "--data", "--eval-data")  # Settings of which a digest stands for the content.
+_DIGESTS = (
+    "--model",
+    "--data",
+    "--eval-data",
+    "--reference-adapter",
+)  # Settings of which a digest stands for the content.
 _SAMPLED = 2**20  # bytes at either end of a file of weights
 
 

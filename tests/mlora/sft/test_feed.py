@@ -6,7 +6,7 @@ import torch
 
 from mlora.sft.batches import BatchPlan, EvalPlan, attention_mask, collate
 from mlora.sft.feed import Feed
-from mlora.sft.packing import Rows, packed_rows
+from mlora.sft.packing import Rows, packed_rows, single_rows
 from mlora.sft.samples import Sample
 
 CPU = torch.device("cpu")
@@ -82,3 +82,15 @@ def test_a_batch_that_does_not_divide_is_an_error() -> None:
         ValueError, match="global batch size 6 is not a multiple of micro batch size 2 times data-parallel size 2"
     ):
         feed(data(), 2, 0, 2).batch(np.arange(6))
+
+
+@pytest.mark.parametrize(("micro", "size"), [(1, 1), (2, 2)])
+def test_rows_that_belong_together_stay_so_at_every_layout(micro: int, size: int) -> None:
+    rows = single_rows([Sample(np.full(4, at, dtype=np.int32), np.arange(4) >= 2) for at in range(14)], 3, 99)
+    items = np.array([5, 0, 6, 7])  # There are seven: the eighth stands for padding.
+    seen: dict[int, int] = {}
+    for rank in range(size):
+        given = {"micro_batch_size": micro, "dp_rank": rank, "dp_size": size, "device": CPU, "packed": False}
+        for batch in Feed(rows, **given, rows_of_item=2).batch(items):  # type: ignore[arg-type]
+            seen |= {batch["first_row"] + row: int(tokens[0]) for row, tokens in enumerate(batch["tokens"])}
+    assert seen == dict(enumerate([10, 11, 0, 1, 12, 13, 99, 99]))
