@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from parallel.attempt import shares_store, store_of_attempt
 from parallel.cpu import megatron_on_cpu
 from parallel.sizes import ParallelSizes
 
@@ -50,6 +51,10 @@ def _start_process_group(rank: int, world: int, local_rank: int, device: str, ba
     if world == 1 and "MASTER_ADDR" not in os.environ:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    elif shares_store():
+        dist.init_process_group(
+            backend, store=store_of_attempt(rank, world, timeout), rank=rank, world_size=world, timeout=timeout
+        )
     else:
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
 
