@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import transformers  # noqa: F401  # Imported once here, not in every forked rank.
 
-from tests.tools.runs import metrics, write_base, write_pairs
+import mlora_tools.run  # noqa: F401  # Likewise.
+from tests.tools.runs import metrics, run, write_base, write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 150
@@ -32,8 +35,10 @@ def torchrun(log: Path, *words: Any) -> Iterator[subprocess.Popen[bytes]]:
         try:
             yield process
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for each in [launcher := psutil.Process(process.pid), *launcher.children(recursive=True)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        each.kill()
             process.wait()
 
 
@@ -63,6 +68,47 @@ def test_two_hosts_train_as_one(given: list[Any], tmp_path: Path) -> None:
     assert [record["iteration"] for record in metrics(tmp_path / "run")] == [1, 2, 3]
     assert (tmp_path / "run" / "peft" / "adapter_model.safetensors").is_file()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["starts"][0]["world_size"] == 2
+
+
+def test_a_run_whose_rank_is_killed_is_started_anew_and_goes_on_by_itself(given: list[Any], tmp_path: Path) -> None:
+    """Nothing but ``--max-restarts`` asks for it; the numbers are those of a run without accidents."""
+    log = tmp_path / "log"
+    argv = [*given[1:], "--train-iters", 6, "--save-interval", 2, "--lora-dropout", 0.1]
+    words = ["--standalone", "--nproc-per-node", 2, "--max-restarts", 2, ROOT / "tests" / "tools" / "killed.py"]
+    with torchrun(log, *words, "backward,load", *argv, "--output", tmp_path / "run") as launcher:
+        assert launcher.wait(LIMIT_S) == 0, log.read_text()
+    text = log.read_text()
+    assert text.count("Signal 9 (SIGKILL) received by PID") == 2 or text.count("exitcode: -9") == 2, text
+    assert text.count(f"resumed from {tmp_path / 'run' / 'checkpoints' / 'iter_0000002'}") == 1
+    assert "finished at iteration 6" in text
+    ends = run(2, [*argv, "--output", tmp_path / "straight"], tmp_path / "straight-log")
+    assert [end.code for end in ends] == [0, 0], ends[0].text
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+    starts = json.loads((tmp_path / "run" / "config.json").read_text())["starts"]
+    assert [start["iteration"] for start in starts] == [0, 2]
+
+
+def test_a_lost_host_leaves_a_smaller_world_that_goes_on(given: list[Any], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    hosts = ["--nnodes", "1:2", "--nproc-per-node", 1, "--max-restarts", 2, "--rdzv-backend", "c10d"]
+    hosts += ["--rdzv-endpoint", endpoint, "--rdzv-conf"]
+    soon = "last_call_timeout=4,keep_alive_interval=1,keep_alive_max_attempt=2"
+    argv = [*given, "--output", tmp_path / "run", "--train-iters", 60, "--save-interval", 2, "--keep-last", 2]
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    with torchrun(logs[0], *hosts, f"is_host=1,{soon}", *argv) as one:
+        with torchrun(logs[1], *hosts, f"is_host=0,{soon}", *argv):
+            end = time.monotonic() + LIMIT_S
+            while not any("iteration 4/" in log.read_text() for log in logs):
+                assert time.monotonic() < end and one.poll() is None, "".join(log.read_text() for log in logs)
+                time.sleep(0.1)
+        # The second host is gone, its launcher and its rank at once.
+        assert one.wait(LIMIT_S) == 0, logs[0].read_text()
+    assert [record["iteration"] for record in metrics(tmp_path / "run") if "loss" in record] == list(range(1, 61))
+    starts = json.loads((tmp_path / "run" / "config.json").read_text())["starts"]
+    assert [start["world_size"] for start in starts] == [2, 1] and starts[1]["iteration"] >= 2
+    assert "finished at iteration 60" in logs[0].read_text()
 
 
 def test_torchrun_forwards_sigterm_and_the_run_is_saved(given: list[Any], tmp_path: Path) -> None:
