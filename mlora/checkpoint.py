@@ -15,7 +15,7 @@ It is written under a temporary name, checked and then renamed, so a directory `
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -64,6 +64,11 @@ class Training:
 
 def adapter_sharded_state(model: Model, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, ShardedTensor]:
     """The adapter's parameters and what it keeps of its start on this rank, as Megatron's ``ShardedTensor``s by global name."""
+    return sharded_tensors(_saved(model, adapter_name))
+
+
+def sharded_tensors(factors: Iterable[Factor]) -> dict[str, ShardedTensor]:
+    """Where these parameters of this rank stand in a checkpoint."""
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     return {
@@ -77,7 +82,7 @@ def adapter_sharded_state(model: Model, adapter_name: str = DEFAULT_ADAPTER) -> 
             axis_fragmentations=None,  # The pieces may differ in size: query groups need not divide by the ranks.
             replica_id=(0, tensor_rank if factor.replicated else 0, data_rank),
         )
-        for factor in _saved(model, adapter_name)
+        for factor in factors
     }
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from parallel.cpu import megatron_on_cpu
@@ -45,6 +46,13 @@ def world(rank: int, size: int, store: str, sizes: ParallelSizes, seed: int = 12
         finally:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+
+
+def end_writers() -> None:
+    """End the process that Megatron's saving keeps: a forked rank leaves without the clean-up that would."""
+    if filesystem_async._results_queue is not None:
+        filesystem_async._results_queue._manager.shutdown()
+        filesystem_async._results_queue = None
 
 
 def _work(

@@ -11,10 +11,10 @@ All else is an error.
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from mlora.checkpoint import PREFIX
 from parallel.together import together
 
+T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...] | None]
 # With these values of --dist-ckpt-strictness a base may hold more than the model.
 _LENIENT = ("ignore_all", "log_all", "return_all")
@@ -39,10 +40,12 @@ class Source:
     Attributes:
         option: the name of the argument that says it: ``pretrained_checkpoint`` or ``load``.
         checkpoint: the directory of its newest, or chosen, checkpoint.
+        adapter: the checkpoint that Megatron will load the adapter from.
     """
 
     option: str
     checkpoint: Path
+    adapter: Path | None
 
     @classmethod
     def of(cls, args: Namespace) -> "Source":
@@ -69,7 +72,7 @@ class Source:
                     f"--load {args.load} holds no adapter to go on with: if it is the base, give it as --pretrained-checkpoint, or "
                     f"add --finetune"
                 )
-            return cls("load", loaded)
+            return cls("load", loaded, None)
         base = _newest(args, "pretrained_checkpoint")
         if base is None:
             raise FileNotFoundError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint")
@@ -80,14 +83,17 @@ class Source:
                 f"--load {args.load} holds no adapter, and --pretrained-checkpoint {args.pretrained_checkpoint} is the base: which "
                 f"of them is it?"
             )
-        return cls("pretrained_checkpoint", base)
+        return cls("pretrained_checkpoint", base, loaded)
 
 
-def load_base(args: Namespace, chunks: Sequence[torch.nn.Module]) -> None:
+def load_base(args: Namespace, chunks: Sequence[torch.nn.Module]) -> Path | None:
     """Load the base weights by Megatron's own loader, and let Megatron's later loading know that it is done.
 
     Every rank calls it, with its unwrapped chunks, before an adapter is attached. Afterwards ``args`` names no base any more: what
     is left in ``args.load`` is the adapter's.
+
+    Returns:
+        The checkpoint that Megatron will load the adapter from, if there is one.
 
     Raises:
         FileNotFoundError, ValueError: as :meth:`Source.of`; a weight is missing, has another shape, or (unless
@@ -95,14 +101,15 @@ def load_base(args: Namespace, chunks: Sequence[torch.nn.Module]) -> None:
     """
     from megatron.training.checkpointing import load_checkpoint
 
-    source = together(lambda: Source.of(args))
+    source = _from_rank_zero(lambda: Source.of(args))
     if check_is_distributed_checkpoint(str(source.checkpoint)):
         _check_same(source, chunks, lenient=args.dist_ckpt_strictness in _LENIENT)
     with _only_weights(args, source):
         load_checkpoint([_Strict(chunk, source) for chunk in chunks], None, None, load_arg=source.option)
     setattr(args, source.option, None)
-    if args.load is not None and _newest(args, "load") is None:
+    if source.adapter is None:
         args.load = None  # Else --exit-on-missing-checkpoint would end a first start.
+    return source.adapter
 
 
 @contextlib.contextmanager
@@ -176,7 +183,7 @@ def _shapes(checkpoint: Path) -> Shapes:
 
 
 def _check_same(source: Source, chunks: Sequence[torch.nn.Module], lenient: bool) -> None:
-    stored = together(lambda: _shapes(source.checkpoint))
+    stored = _from_rank_zero(lambda: _shapes(source.checkpoint))
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     wanted: Shapes = {}
     for chunk in chunks:
@@ -203,6 +210,13 @@ def _check_same(source: Source, chunks: Sequence[torch.nn.Module], lenient: bool
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{source.checkpoint} is not this model's base: {'; '.join(problems[:5])}{more}")
+
+
+def _from_rank_zero(find: Callable[[], T]) -> T:
+    """What ``find`` gives on rank 0, on every rank; an error there is every rank's."""
+    found = [together(lambda: find() if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]  # type: ignore[return-value]
 
 
 def _is_weight(key: str) -> bool:

@@ -10,11 +10,13 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from mlora.attach import apply
+from mlora.description import read_info
 from mlora.dropout import MicroBatch, set_micro_batch
 from mlora.families import Family
 from mlora.megatron.arguments import lora_config_from_args
 from mlora.megatron.base import load_base
-from mlora.megatron.chunk import save_adapter_only
+from mlora.megatron.chunk import check_description, save_adapter_only
+from parallel.together import together
 
 
 def pre_wrap_hook(chunks: list[torch.nn.Module], family: Family | None = None) -> list[torch.nn.Module]:
@@ -70,9 +72,11 @@ def _plug(args: Namespace, chunks: list[torch.nn.Module], family: Family | None)
     if config is None:
         return chunks
     _check_supported(args)
-    load_base(args, chunks)
+    resumed = load_base(args, chunks)
     apply(chunks, config, family=family)
-    save_adapter_only(chunks)
+    attached = save_adapter_only(chunks)
+    if resumed is not None:
+        check_description(together(lambda: read_info(resumed)), attached, f"--load {args.load}")
     if config.lora_dropout > 0:
         for chunk in chunks:
             chunk.register_forward_pre_hook(_Count(args))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from parallel.optimizer import allocate_adam_state
 from parallel.sizes import ParallelSizes
-from tests.ranks import run_ranks
+from tests.ranks import end_writers, run_ranks
 
 needs_training = pytest.mark.skipif(
     importlib.util.find_spec("megatron.training") is None, reason="this megatron-core has no megatron.training"
@@ -54,7 +54,7 @@ def training_on_cpu(argv: Sequence[str]) -> Iterator[None]:
         try:
             yield
         finally:
-            _end_writers()
+            end_writers()
 
 
 def _ready(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,14 +74,6 @@ class _Left(Exception):
 
 def _leave(code: int | None = None) -> None:
     raise _Left if not code else SystemExit(code)
-
-
-def _end_writers() -> None:
-    """Ends the process that Megatron's saving keeps: a forked rank leaves without the clean-up that would."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    if filesystem_async._results_queue is not None:
-        filesystem_async._results_queue._manager.shutdown()
 
 
 def _script(rank: int, main: Callable[[], Any], argv: Sequence[str], watch: Callable[[], Any] | None) -> dict[str, Any]:
