@@ -30,6 +30,7 @@ EXTRAS = {
     "tqdm",
     "transformer_engine",
     "transformers",
+    "wandb",
     "yaml",
 }
 # Comes with torch where there is a GPU. Kernels cannot be written without it, so it is their files that are imported late.

@@ -79,7 +79,7 @@ def _loss(value: float) -> str:
 
 
 def _rate(value: float) -> str:
-    if value == 0 or value >= 0.01:
+    if value == 0 or value >= 0.001:
         return f"{value:.3g}"
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
@@ -148,7 +148,7 @@ def _facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     base, data, heldout, lora = (config.get(key) or {} for key in ("base", "data", "eval_data", "lora"))
     options = config.get("arguments", {})
     facts = [
-        ("Base model", " ".join(str(base[key]) for key in ("path", "model_type") if key in base)),
+        ("Base model", f"{base.get('path', '')} ({base.get('model_type', 'of no known family')})" if base else ""),
         ("Training data", _files(options.get("data"), data)),
         ("Evaluation data", _files(options.get("eval_data"), heldout)),
         ("LoRA", ", ".join(f"{key} {_plain(lora[key])}" for key in ("r", "lora_alpha", "lora_dropout") if key in lora)),
