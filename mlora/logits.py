@@ -11,8 +11,10 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 
 
 @torch.no_grad()
-def whole_logits(chunks: Sequence[torch.nn.Module], tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Run the model forward only, one sequence at a time, in evaluation mode.
+def whole_logits(
+    chunks: Sequence[torch.nn.Module], tokens: torch.Tensor, vocab_size: int, micro_batch_size: int = 1
+) -> torch.Tensor:
+    """Run the model forward only, ``micro_batch_size`` sequences at a time, in evaluation mode.
 
     Every rank calls it with the same tokens, also every data-parallel one.
 
@@ -20,13 +22,19 @@ def whole_logits(chunks: Sequence[torch.nn.Module], tokens: torch.Tensor, vocab_
         chunks: this rank's chunks.
         tokens: int64 [n, s]; attention is causal. With sequence parallelism s must divide by the tensor-parallel size.
         vocab_size: logits to keep; those of the padded vocabulary follow them.
+        micro_batch_size: divides n.
 
     Returns:
         [n, s, vocab_size] in the model's dtype, on its device and on every rank.
+
+    Raises:
+        ValueError: ``micro_batch_size`` does not divide n.
     """
     rows, length = tokens.shape
     device = torch.cuda.current_device()
-    batches = [tokens[row : row + 1].to(device) for row in range(rows)]
+    if rows % micro_batch_size:
+        raise ValueError(f"{rows} sequences do not divide by a micro batch size of {micro_batch_size}")
+    batches = list(torch.split(tokens.to(device), micro_batch_size))
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -34,9 +42,9 @@ def whole_logits(chunks: Sequence[torch.nn.Module], tokens: torch.Tensor, vocab_
         forward_step_func=_forward_step,
         data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
         model=list(chunks) if len(chunks) > 1 else chunks[0],
-        num_microbatches=rows,
+        num_microbatches=len(batches),
         seq_length=length,
-        micro_batch_size=1,
+        micro_batch_size=micro_batch_size,
         forward_only=True,
         collect_non_loss_data=True,
     )
@@ -54,11 +62,11 @@ def whole_logits(chunks: Sequence[torch.nn.Module], tokens: torch.Tensor, vocab_
 
 def _forward_step(data: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     tokens = next(data)
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
     return model(tokens, positions, None), _gathered
 
 
 def _gathered(logits: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
-    """[1, s, padded/t] -> [1, s, padded]."""
+    """[b, s, padded/t] -> [b, s, padded]."""
     whole: torch.Tensor = gather_from_tensor_model_parallel_region(logits)
     return whole

@@ -23,13 +23,27 @@ class Objective(Protocol):
 
     Attributes:
         unit: what the loss is a mean over, in words.
-        rows_of_item: rows that belong together: they stand in one micro batch, one after another.
         metrics: names of further means over the units.
     """
 
     unit: str
-    rows_of_item: int
     metrics: tuple[str, ...]
+
+    def prepare(self, chunks: Sequence[torch.nn.Module], micro_batches: MicroBatches) -> MicroBatches:
+        """What the loss needs to know before the forward passes, in the micro batches. Every rank calls it before a step."""
+
+    def sums(self, batch: Mapping[str, Any], losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of a micro batch, from its labels' cross entropies [b, s]: sum of the loss, number of units, sums of the metrics [m]."""
+
+
+class DataObjective(Objective, Protocol):
+    """An objective whose data lies in files.
+
+    Attributes:
+        rows_of_item: rows that belong together: they stand in one micro batch, one after another.
+    """
+
+    rows_of_item: int
 
     def encode(self, path: str | PathLike[str], tokenizer: "PreTrainedTokenizerBase", seq_length: int) -> EncodedData:
         """The samples of a JSONL file, ``rows_of_item`` of them for each item.
@@ -37,12 +51,6 @@ class Objective(Protocol):
         Raises:
             ValueError: a line is malformed, or no item is left; file and line are named.
         """
-
-    def prepare(self, chunks: Sequence[torch.nn.Module], micro_batches: MicroBatches) -> MicroBatches:
-        """What the loss needs to know before the forward passes, in the micro batches. Every rank calls it before a step."""
-
-    def sums(self, batch: Mapping[str, Any], losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of a micro batch, from its labels' cross entropies [b, s]: sum of the loss, number of units, sums of the metrics [m]."""
 
 
 @dataclass(frozen=True)

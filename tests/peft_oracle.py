@@ -103,10 +103,7 @@ def train_with_peft(
             if isinstance(module, OurDropout):
                 module.step = iteration
         optimizer.zero_grad()
-        if loss_of is None:
-            loss = _loss(model, global_batch(case.packed, iteration))
-        else:
-            loss = loss_of(model, iteration)
+        loss = loss_of(model, iteration) if loss_of else _loss(model, global_batch(case.packed, iteration))
         loss.backward()
         limit = case.optimizer.clip_grad or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(trainable, limit)

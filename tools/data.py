@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mlora.objective import Objective
+from mlora.objective import DataObjective
 from mlora.sft.packing import Rows, packed_rows, single_rows
 from mlora.sft.samples import Sample, pad_token
 
@@ -58,7 +58,7 @@ def open_tokenizer(model: Path) -> "PreTrainedTokenizerBase":
 def load_data(
     paths: Sequence[Path],
     tokenizer: "PreTrainedTokenizerBase",
-    objective: Objective,
+    objective: DataObjective,
     *,
     seq_length: int,
     packing: bool,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from mlora_tools.options import Help, UsageError, check_positive
 
 if TYPE_CHECKING:
-    from mlora.objective import Objective as LibraryObjective
+    from mlora.objective import DataObjective
 
 REFERENCE = "reference"  # The name of the frozen adapter that --reference-adapter attaches.
 _OF_DPO = ("dpo_beta", "dpo_label_smoothing", "reference_adapter")
@@ -52,7 +52,7 @@ class Objective:
                 "--packing does not go with --objective dpo: an answer's log-probability is summed over its row"
             )
 
-    def make(self) -> "LibraryObjective":
+    def make(self) -> "DataObjective":
         """What the trainer minimises."""
         if self.objective == "sft":
             from mlora.sft.objective import Sft

@@ -22,7 +22,7 @@ from mlora.conversion.importing import base_projections
 from mlora.conversion.peft_writer import write_peft
 from mlora.conversion.profiles import DTYPES, peft_adapter
 from mlora.model import build_model
-from mlora.objective import Objective
+from mlora.objective import DataObjective
 from mlora.pretrained import Pretrained
 from mlora.sft.batches import BatchPlan, EvalPlan
 from mlora.sft.feed import Feed
@@ -69,7 +69,7 @@ class Setting:
     base: Pretrained
     sizes: ParallelSizes
     adapter: Start
-    objective: Objective
+    objective: DataObjective
     reference: Reference | None
     optimizer: OptimizerSettings
     train: Dataset

@@ -27,7 +27,7 @@ REFERENCE = "reference"  # What a micro batch calls the reference's log-probabil
 
 
 class Dpo:
-    """The objective of DPO; see :class:`mlora.objective.Objective`. Rows come as chosen, rejected, chosen, rejected, ...
+    """The objective of DPO; see :class:`mlora.objective.DataObjective`. Rows come as chosen, rejected, chosen, rejected, ...
 
     Args:
         beta: how much straying from the reference costs, above 0.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Sft:
-    """The objective of supervised fine-tuning; see :class:`mlora.objective.Objective`."""
+    """The objective of supervised fine-tuning; see :class:`mlora.objective.DataObjective`."""
 
     unit = "target token"
     rows_of_item = 1

@@ -12,6 +12,7 @@ from mlora import LoraConfig
 from mlora.attach import banks, factors
 from mlora.checkpoint import save_checkpoint
 from mlora.log_probs import log_probs, on_every_stage
+from mlora.logits import whole_logits
 from mlora.model import build_model
 from mlora.pretrained import Pretrained
 from mlora.train import OptimizerSettings, Trainer
@@ -20,7 +21,7 @@ from tests import gpt
 from tests.mlora.conversion.adapters import tensors_of, write_adapter
 from tests.mlora.conversion.adapters import write_peft as write_with_peft
 from tests.ranks import run_ranks
-from tests.tiny import tokens, write_model
+from tests.tiny import VOCAB, tokens, write_model
 
 ONE, SP2 = ParallelSizes(), ParallelSizes(tensor=2, sequence_parallel=True)
 PP2, VPP2 = ParallelSizes(pipeline=2), ParallelSizes(pipeline=2, virtual_pipeline=2)
@@ -86,6 +87,9 @@ def every_way(rank: int, folder: Path, name: str, sizes: ParallelSizes) -> dict[
         return torch.cat(on_every_stage(log_probs(chunks, batches), batches))
 
     found = {"off never": now()}
+    ids = torch.cat([batch["tokens"] for batch in micro_batches()])
+    assert torch.allclose(labelled(whole_logits(chunks, ids, VOCAB, micro_batch_size=2)), found["off never"], atol=1e-5)
+    assert torch.allclose(labelled(whole_logits(chunks, ids, VOCAB)), found["off never"], atol=1e-5)
     mlora.load_adapter(chunks, folder / name, base=base)
     found["on"] = now()
     with mlora.disable_adapter(chunks):
