@@ -10,7 +10,7 @@ import time
 import uuid
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 _POLL_S = 0.05
 
@@ -20,7 +20,7 @@ def shares_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def store_of_attempt(rank: int, world: int, timeout: timedelta) -> dist.Store:
+def store_of_attempt(rank: int, world: int, timeout: timedelta) -> Store:
     """torchrun's store under a prefix that only the ranks of this attempt know. Every rank calls it.
 
     Each process has a name that no other ever had. Rank 0 tells every process that has its name under a rank's number what its own
@@ -29,7 +29,7 @@ def store_of_attempt(rank: int, world: int, timeout: timedelta) -> dist.Store:
     Raises:
         TimeoutError: some rank did not come; by number.
     """
-    store = dist.TCPStore(
+    store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
@@ -44,10 +44,10 @@ def store_of_attempt(rank: int, world: int, timeout: timedelta) -> dist.Store:
         name = store.get(f"attempt/answer/{name}").decode()
         store.set(f"attempt/{name}/{rank}", "here")
         store.add(f"attempt/{name}/count", 1)
-    return dist.PrefixStore(f"attempt/{name}", store)
+    return PrefixStore(f"attempt/{name}", store)
 
 
-def _gather(store: dist.TCPStore, name: str, world: int, timeout: timedelta) -> None:
+def _gather(store: TCPStore, name: str, world: int, timeout: timedelta) -> None:
     """Tell the other ranks the name of rank 0 until all of them have heard it."""
     answered: dict[int, bytes] = {}
     end = time.monotonic() + timeout.total_seconds()

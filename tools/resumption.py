@@ -26,6 +26,12 @@ def is_restart() -> bool:
     return any(count != "0" for count in counts)
 
 
+def warn_of_restarts(save_interval: int | None) -> None:
+    """Say what a restart would cost a run that saves at its end only."""
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and save_interval is None:
+        logger.warning("torchrun may start the ranks anew, and without --save-interval they begin at iteration 0 then")
+
+
 class Resumption:
     """The checkpoints of a run.
 

@@ -40,10 +40,9 @@ from mlora_tools.output import Output, model_digest, versions
 from mlora_tools.plot import plot_losses
 from mlora_tools.progress import Progress
 from mlora_tools.reference import Reference
-from mlora_tools.reports import Reports
-from mlora_tools.resumption import is_restart
+from mlora_tools.resumption import is_restart, warn_of_restarts
 from mlora_tools.start import Start
-from mlora_tools.weights_and_biases import WandbRun
+from mlora_tools.weights_and_biases import open_wandb
 from parallel.launch import distributed
 from parallel.sizes import ParallelSizes
 from parallel.together import from_rank_zero, on_rank_zero, only_rank_zero, together
@@ -117,6 +116,7 @@ def _finetune(
 ) -> None:
     output = Output(arguments.inputs.output)
     resume = arguments.inputs.resume or is_restart()
+    warn_of_restarts(arguments.reports.save_interval)
     checkpoint = from_rank_zero(lambda: output.check(resume, arguments.inputs.exit_on_missing_checkpoint))
     setting = together(lambda: _setting(arguments, base, sizes, adapter))
     on_rank_zero(lambda: output.check_same(setting.settings))
@@ -217,7 +217,7 @@ def _run(setting: Setting, trainer: Trainer, output: Output, start: int, device:
     """Trains, and writes what is to be written at the end."""
     reports = setting.arguments.reports
     tensorboard = reports.tensorboard_dir or output.tensorboard
-    metrics = only_rank_zero(lambda: Metrics(output.metrics, tensorboard, start, _sink(reports, output)))
+    metrics = only_rank_zero(lambda: Metrics(output.metrics, tensorboard, start, open_wandb(reports, output)))
     evaluated = from_rank_zero(lambda: metrics.evaluated if metrics else set())
     loop = Loop(
         trainer,
@@ -239,13 +239,6 @@ def _run(setting: Setting, trainer: Trainer, output: Output, start: int, device:
                 loop.metrics, loop.progress = metrics, progress
                 loop.run(interruption)
     on_rank_zero(lambda: _conclude(loop, output))
-
-
-def _sink(reports: Reports, output: Output) -> WandbRun | None:
-    if reports.wandb_project is None:
-        return None
-    name = reports.wandb_exp_name or output.path.resolve().name
-    return WandbRun(reports.wandb_project, name, output.path, output.read_config())
 
 
 def _data(setting: Setting, device: torch.device) -> tuple[TrainData, EvalData | None]:

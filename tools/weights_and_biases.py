@@ -6,6 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from mlora_tools.options import UsageError
+from mlora_tools.output import Output
+from mlora_tools.reports import Reports
+
+
+def open_wandb(reports: Reports, output: Output) -> "WandbRun | None":
+    """The run that the options ask for."""
+    if reports.wandb_project is None:
+        return None
+    name = reports.wandb_exp_name or output.path.resolve().name
+    return WandbRun(reports.wandb_project, name, output.path, output.read_config())
 
 
 class WandbRun:
