@@ -127,8 +127,7 @@ def _tiles(recording: Recording) -> list[tuple[str, str, str]]:
     if evaluations:
         tiles.append(("evaluation loss", _loss(evaluations[-1]), f"from {_loss(evaluations[0])}"))
     if iterations:
-        done = f"of {recording.end:,}" if recording.end else ""
-        tiles.append(("iterations", f"{recording.iteration:,}", done))
+        tiles.append(("iterations", f"{recording.iteration:,}", _left(recording)))
     _, speeds = recording.series("tokens_per_second")
     if speeds:
         _, tokens = recording.series("tokens")
@@ -141,6 +140,17 @@ def _tiles(recording: Recording) -> list[tuple[str, str, str]]:
         share = counts["trainable"] / counts["total"]
         tiles.append(("parameters trained", f"{counts['trainable']:,}", f"{share:.3%} of {_large(counts['total'])}"))
     return tiles
+
+
+def _left(recording: Recording) -> str:
+    """How many iterations there will be, and how long those that are left take at the pace of the last ones."""
+    if not recording.end:
+        return ""
+    _, seconds = recording.series("seconds")
+    left = recording.end - recording.iteration
+    if not (left > 0 and seconds):
+        return f"of {recording.end:,}"
+    return f"of {recording.end:,}; {datetime.timedelta(seconds=round(median(seconds[-100:]) * left))} left"
 
 
 def _facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -22,7 +22,12 @@ def _records(iterations: int) -> Iterator[dict[str, Any]]:
     for number in range(1, iterations + 1):
         yield {
             **{"iteration": number, "loss": 1 + 2 * math.exp(-number / 20), "grad_norm": 0.5, "lr": 2e-4 / number},
-            **{"tokens": 4096, "tokens_per_second": 15_000.5 + number, "peak_memory": 61_000_000_000 + number},
+            **{
+                "tokens": 4096,
+                "seconds": 90.0,
+                "tokens_per_second": 15_000.5 + number,
+                "peak_memory": 61_000_000_000 + number,
+            },
         }
         if number % 20 == 0:
             yield {"iteration": number, "eval_loss": 1.1 + 2 * math.exp(-number / 20)}
@@ -89,7 +94,7 @@ def test_everything_is_on_the_page_and_nothing_is_elsewhere(run: Path, capsys: p
         *("a&lt;b&gt;&amp;run", "/models/&lt;script&gt;alert(1)", "r 16, lora_alpha 32", "train.jsonl (1,000 rows)"),
         *("TP 2 × PP 2 × DP 2, sequence parallel", "NVIDIA H100, nccl", "2026-01-02 03:04", "2.13.0"),
         *("<h3>node0</h3>", "<h3>node1</h3>", "T1 P1 D1", "all-reduce", "64 to 65", "2 GB"),
-        "Line 67 of metrics.jsonl, its last, is half a record",
+        *("of 100; 1:00:00 left", "Line 67 of metrics.jsonl, its last, is half a record"),
     ):
         assert words in text, words
     assert "<script>alert" not in text
