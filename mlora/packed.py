@@ -9,7 +9,7 @@ becomes a view of P under its own name; A and B are copied in again when a param
 import torch
 
 from mlora.adapter import LinearAdapter
-from mlora.kernels.packing import RowTables, pack_A, pack_B, sum_A, sum_B
+from mlora.kernels.packing import RowTables, pack, sums
 
 _ALIGNMENT = 64  # elements: a GEMM's K that is no multiple of this costs more than the columns themselves
 
@@ -68,13 +68,12 @@ class Packed:
     def fill(self) -> None:
         """Copy A and B in: at every forward, because a distributed optimizer changes parameters behind autograd's back, and a
         replayed CUDA graph must see what it made of them."""
-        pack_A([parameter.detach() for parameter in self.adapter.lora_A.values()], self._scaling, self.lora_A)
         low = self.weight[:, self.lora_A.shape[1] :]
         if self.buffer.filled_by is not self.adapter:
             low.zero_()
-        if len(self.adapter.lora_B):
-            parts = [parameter.detach() for parameter in self.adapter.lora_B.values()]
-            pack_B(parts, self._tables, low[:, : self.ranks])
+        A = [parameter.detach() for parameter in self.adapter.lora_A.values()]
+        B = [parameter.detach() for parameter in self.adapter.lora_B.values()]
+        pack(A, B, self._scaling, self._tables, self.lora_A, low[:, : self.ranks])
         self.buffer.filled_by = self.adapter
 
     def refill(self) -> None:
@@ -84,8 +83,7 @@ class Packed:
 
     def gradients(self, dA: torch.Tensor, dB: torch.Tensor) -> list[torch.Tensor]:
         """The parameters' gradients from partial sums: dA [splits, R, in] and dB [splits, R, out], float32."""
-        whole_A = sum_A(dA, self._scaling, self.adapter.dtype)
-        whole_B = sum_B(dB, self._tables, self._elements, self.adapter.dtype)
+        whole_A, whole_B = sums(dA, dB, self._scaling, self._tables, self._elements, self.adapter.dtype)
         result, row, at = [], 0, 0
         for parameter in self.adapter.lora_A.values():
             result.append(whole_A[row : row + parameter.shape[0]])

@@ -2,7 +2,7 @@
 
 A linear fuses up to three projections with ranks ``starts[p] ...`` among the R. In the buffers, A has σ folded in row by row, and B
 has a fused row's values in the columns of its own projection's ranks. The way back is also the second stage of the gradients' sums
-over the tokens. Each direction is one launch a linear for A and one for B.
+over the tokens. Each direction is one launch a linear, whose first programs do A and whose others do B.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+_BLOCK = 1024  # elements of A of a program
+_BLOCK_N, _BLOCK_R = 64, 16  # rows and ranks of B
+
 
 @triton.jit
-def _pack_A(a0, a1, a2, scaling, out, second, third, elements, features, block: tl.constexpr):
-    at = tl.program_id(0) * block + tl.arange(0, block)
+def _pack_A(program, a0, a1, a2, scaling, out, second, third, elements, features, block: tl.constexpr):
+    at = program * block + tl.arange(0, block)
     valid = at < elements
     rank, column = at // features, at % features
     value = tl.load(a0 + rank * features + column, mask=valid & (rank < second), other=0.0)
@@ -28,10 +31,24 @@ def _pack_A(a0, a1, a2, scaling, out, second, third, elements, features, block: 
 
 @triton.jit
 def _pack_B(
-    b0, b1, b2, part, index, start, count, out, out_stride, rows, ranks, block_n: tl.constexpr, block_r: tl.constexpr
+    program,
+    b0,
+    b1,
+    b2,
+    part,
+    index,
+    start,
+    count,
+    out,
+    out_stride,
+    rows,
+    ranks,
+    block_n: tl.constexpr,
+    block_r: tl.constexpr,
 ):
-    row = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    rank = tl.program_id(1) * block_r + tl.arange(0, block_r)
+    across = tl.cdiv(ranks, block_r)
+    row = program // across * block_n + tl.arange(0, block_n)
+    rank = program % across * block_r + tl.arange(0, block_r)
     inside = row < rows
     which = tl.load(part + row, mask=inside, other=0)[:, None]
     own_ranks = tl.load(count + row, mask=inside, other=0)[:, None]
@@ -45,35 +62,74 @@ def _pack_B(
     tl.store(place, value, mask=inside[:, None] & (rank[None, :] < ranks))
 
 
-def pack_A(parts: list[torch.Tensor], scaling: torch.Tensor, out: torch.Tensor) -> None:
-    """Fill ``out`` [R, N] with the projections' A [r, N] one below the other, times scaling [R]."""
-    first, second, third = _three(parts)
-    ends = [part.shape[0] for part in parts]
-    at_second = ends[0]
-    at_third = at_second + (ends[1] if len(ends) > 1 else out.shape[0])
-    grid = (triton.cdiv(out.numel(), 1024),)
-    _pack_A[grid](first, second, third, scaling, out, at_second, at_third, out.numel(), out.shape[1], block=1024)
+@triton.jit
+def _pack(
+    a0,
+    a1,
+    a2,
+    scaling,
+    A,
+    second,
+    third,
+    elements,
+    features,
+    b0,
+    b1,
+    b2,
+    part,
+    index,
+    start,
+    count,
+    B,
+    B_stride,
+    rows,
+    ranks,
+    block: tl.constexpr,
+    block_n: tl.constexpr,
+    block_r: tl.constexpr,
+):
+    program, programs_A = tl.program_id(0), tl.cdiv(elements, block)
+    if program < programs_A:
+        _pack_A(program, a0, a1, a2, scaling, A, second, third, elements, features, block)
+    else:
+        program -= programs_A
+        _pack_B(program, b0, b1, b2, part, index, start, count, B, B_stride, rows, ranks, block_n, block_r)
 
 
-def pack_B(parts: list[torch.Tensor], tables: "RowTables", out: torch.Tensor) -> None:
-    """Fill ``out`` [rows, R], a slice of a wider buffer, from the projections' B [rows of p, r]; zeros elsewhere."""
-    first, second, third = _three(parts)
-    rows, ranks = out.shape
-    grid = (triton.cdiv(rows, 64), triton.cdiv(ranks, 16))
-    _pack_B[grid](
-        first,
-        second,
-        third,
+def pack(
+    parts_A: list[torch.Tensor],
+    parts_B: list[torch.Tensor],
+    scaling: torch.Tensor,
+    tables: "RowTables",
+    A: torch.Tensor,
+    B: torch.Tensor,
+) -> None:
+    """Fill A [R, N] with the projections' A [r, N] one below the other, times scaling [R]; and B [rows, R], a slice of a wider
+    buffer, from the projections' B [rows of p, r], with zeros elsewhere. Without ``parts_B``, B stays as it is."""
+    ends = [part.shape[0] for part in parts_A]
+    at_third = ends[0] + (ends[1] if len(ends) > 1 else A.shape[0])
+    programs = triton.cdiv(A.numel(), _BLOCK)
+    if parts_B:
+        programs += triton.cdiv(B.shape[0], _BLOCK_N) * triton.cdiv(B.shape[1], _BLOCK_R)
+    _pack[(programs,)](
+        *_three(parts_A),
+        scaling,
+        A,
+        ends[0],
+        at_third,
+        A.numel(),
+        A.shape[1],
+        *_three(parts_B or parts_A),
         tables.part,
         tables.index,
         tables.start,
         tables.count,
-        out,
-        out.stride(0),
-        rows,
-        ranks,
-        block_n=64,
-        block_r=16,
+        B,
+        B.stride(0),
+        *B.shape,
+        block=_BLOCK,
+        block_n=_BLOCK_N,
+        block_r=_BLOCK_R,
     )
 
 
@@ -101,8 +157,8 @@ class RowTables:
 
 
 @triton.jit
-def _sum_A(partial, scaling, out, splits, elements, features, block: tl.constexpr):
-    at = tl.program_id(0) * block + tl.arange(0, block)
+def _sum_A(program, partial, scaling, out, splits, elements, features, block: tl.constexpr):
+    at = program * block + tl.arange(0, block)
     valid = at < elements
     total = tl.zeros((block,), tl.float32)
     for split in range(splits):
@@ -111,19 +167,13 @@ def _sum_A(partial, scaling, out, splits, elements, features, block: tl.constexp
     tl.store(out + at, total.to(out.dtype.element_ty), mask=valid)
 
 
-def sum_A(partial: torch.Tensor, scaling: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``scaling[r] · Σ_i partial[i, r, n]``: [splits, R, N] float32, [R] float32 -> [R, N]."""
-    splits, ranks, features = partial.shape
-    out = torch.empty(ranks, features, dtype=dtype, device=partial.device)
-    block = 1024
-    _sum_A[(triton.cdiv(out.numel(), block),)](partial, scaling, out, splits, out.numel(), features, block=block)
-    return out
-
-
 @triton.jit
-def _sum_B(partial, offset, start, count, out, splits, ranks, rows, block_n: tl.constexpr, block_r: tl.constexpr):
-    row = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    rank = tl.program_id(1) * block_r + tl.arange(0, block_r)
+def _sum_B(
+    program, partial, offset, start, count, out, splits, ranks, rows, block_n: tl.constexpr, block_r: tl.constexpr
+):
+    across = tl.cdiv(ranks, block_r)
+    row = program // across * block_n + tl.arange(0, block_n)
+    rank = program % across * block_r + tl.arange(0, block_r)
     inside = row < rows
     first = tl.load(start + row, mask=inside, other=0)[None, :]
     own = rank[:, None] - first
@@ -136,13 +186,71 @@ def _sum_B(partial, offset, start, count, out, splits, ranks, rows, block_n: tl.
     tl.store(out + place, total.to(out.dtype.element_ty), mask=valid)
 
 
-def sum_B(partial: torch.Tensor, tables: RowTables, elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """The projections' B gradients one behind the other, [elements], from [splits, R, rows] float32."""
-    splits, ranks, rows = partial.shape
-    out = torch.empty(elements, dtype=dtype, device=partial.device)
-    block_n, block_r = 64, 16
-    grid = (triton.cdiv(rows, block_n), triton.cdiv(ranks, block_r))
-    _sum_B[grid](
-        partial, tables.offset, tables.start, tables.count, out, splits, ranks, rows, block_n=block_n, block_r=block_r
+@triton.jit
+def _sums(
+    dA,
+    scaling,
+    out_A,
+    splits_A,
+    elements,
+    features,
+    dB,
+    offset,
+    start,
+    count,
+    out_B,
+    splits_B,
+    ranks,
+    rows,
+    block: tl.constexpr,
+    block_n: tl.constexpr,
+    block_r: tl.constexpr,
+):
+    program, programs_A = tl.program_id(0), tl.cdiv(elements, block)
+    if program < programs_A:
+        _sum_A(program, dA, scaling, out_A, splits_A, elements, features, block)
+    else:
+        program -= programs_A
+        _sum_B(program, dB, offset, start, count, out_B, splits_B, ranks, rows, block_n, block_r)
+
+
+def sums(
+    dA: torch.Tensor, dB: torch.Tensor, scaling: torch.Tensor, tables: RowTables, elements: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients from partial sums over the tokens.
+
+    Args:
+        dA: [splits, R, N] float32.
+        dB: [splits, R, rows] float32; the splits may be others.
+        scaling: [R] float32.
+        elements: of all projections' B.
+        dtype: of the gradients.
+
+    Returns:
+        ``scaling[r] · Σ_i dA[i, r, n]`` [R, N], and the projections' B gradients one behind the other, [elements].
+    """
+    splits_A, ranks, features = dA.shape
+    splits_B, _, rows = dB.shape
+    out_A = torch.empty(ranks, features, dtype=dtype, device=dA.device)
+    out_B = torch.empty(elements, dtype=dtype, device=dA.device)
+    programs = triton.cdiv(out_A.numel(), _BLOCK) + triton.cdiv(rows, _BLOCK_N) * triton.cdiv(ranks, _BLOCK_R)
+    _sums[(programs,)](
+        dA,
+        scaling,
+        out_A,
+        splits_A,
+        out_A.numel(),
+        features,
+        dB,
+        tables.offset,
+        tables.start,
+        tables.count,
+        out_B,
+        splits_B,
+        ranks,
+        rows,
+        block=_BLOCK,
+        block_n=_BLOCK_N,
+        block_r=_BLOCK_R,
     )
-    return out
+    return out_A, out_B
