@@ -86,18 +86,14 @@ def test_a_rank_that_stops_answering_is_an_error_after_the_timeout(given: list[A
 
 
 def test_ranks_that_torchrun_starts_anew_go_on_by_themselves(given: list[Any], straight: Path, tmp_path: Path) -> None:
-    """Also where the count of restarts is another host's, and before anything was saved."""
+    """Also where the count of restarts is another host's."""
     output = tmp_path / "run"
     again = partial(_on_rank_one, partial(os.environ.update, {"TORCHELASTIC_RESTART_COUNT": "1"}))
     argv = [*given, "--output", output]
-    killed = Ranks(2, argv, tmp_path / "0", partial(_on_rank_one, partial(arm, "save"))).wait(60)
-    assert killed[0].code == 1 and not checkpoints(output / "checkpoints")
-    stopped = run(2, [*argv, "--exit-interval", 4], tmp_path / "1", again)
+    stopped = run(2, [*argv, "--exit-interval", 4], tmp_path / "0", again)
     assert [end.code for end in stopped] == [0, 0], stopped[0].text
     assert f"nothing to resume in {output}: the run starts at iteration 0" in stopped[0].text
-    without = run(2, argv, tmp_path / "2")
-    assert without[0].code == 1 and "exists and is not empty: give another one, or --resume" in without[0].text
-    ends = run(2, argv, tmp_path / "3", again)
+    ends = run(2, argv, tmp_path / "1", again)
     assert [end.code for end in ends] == [0, 0], ends[0].text
     assert f"resumed from {output / 'checkpoints' / 'iter_0000004'}" in ends[0].text
     assert metrics(output) == metrics(straight)
