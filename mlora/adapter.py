@@ -13,44 +13,18 @@ keeps that start: lora_A0 and lora_B0 lie as lora_A and lora_B do, and are no pa
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mlora.config import LoraConfig
 from mlora.dropout import Dropout
+from mlora.factor import Factor, cut
 from mlora.initial import draw
+from mlora.names import SHARED
+from mlora.outside import OutsideParameters
 from mlora.targets import Target
 from parallel.layout import LinearLayout
-
-SHARED = "shared"
-
-
-@dataclass(frozen=True)
-class Factor:
-    """Where one adapter parameter stands in the whole: what checkpoints, exports and counts need.
-
-    Attributes:
-        name: global, for example ``decoder.layers.3.self_attention.linear_qkv.q.lora_A``.
-        parameter: this rank's piece; of a start that is kept, a buffer.
-        shape: of the whole matrix or, for magnitudes, vector.
-        offset: of this rank's piece in it.
-        replicated: every rank of the tensor-parallel group holds the same piece.
-    """
-
-    name: str
-    parameter: torch.Tensor
-    shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    replicated: bool
-
-
-class _Factors(torch.nn.ParameterDict):
-    """Parameters by projection, which a state dict neither sets nor lacks: see :class:`mlora.bank.AdapterBank`."""
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        pass
 
 
 class _Start(torch.nn.Module):
@@ -73,9 +47,12 @@ class LinearAdapter(torch.nn.Module):
         targets: the projections of this linear that get a low-rank term.
         config: of the adapter.
         base: the base's weight; device and default dtype are taken from it.
+        vocabulary: real rows of an output layer; None if none of its rows are padding. Padding's factors are zero.
 
     Attributes:
         parts: the projections, in the layout's order.
+        rows: of each projection of the base, without padding.
+        columns: of the base's weight, without padding.
         hf_names: of each projection, its full path in Hugging Face's model.
         hf_rows: of each projection, its first row in that module: 0 unless several projections are one module.
         shares_A: one A stands for all projections.
@@ -86,10 +63,18 @@ class LinearAdapter(torch.nn.Module):
             a rank beyond the weight's, or with one A and several scalings.
     """
 
-    def __init__(self, layout: LinearLayout, targets: Sequence[Target], config: LoraConfig, base: torch.Tensor) -> None:
+    def __init__(
+        self,
+        layout: LinearLayout,
+        targets: Sequence[Target],
+        config: LoraConfig,
+        base: torch.Tensor,
+        vocabulary: int | None = None,
+    ) -> None:
         super().__init__()
         self.layout = layout
         self.config = config
+        self.rows, self.columns = self._real_sizes(vocabulary)
         self.dtype = config.adapter_dtype or base.dtype
         by_part = {target.projection.part: target for target in targets}
         self.parts = [part for part, _ in layout.parts if part in by_part]
@@ -104,9 +89,9 @@ class LinearAdapter(torch.nn.Module):
         if config.decomposes:
             self._check_decomposition()
         self.lora_A0, self.lora_B0 = _Start(), _Start()
-        self.lora_A = _Factors()
-        self.lora_B = _Factors()
-        self.lora_magnitude_vector = _Factors()
+        self.lora_A = OutsideParameters()
+        self.lora_B = OutsideParameters()
+        self.lora_magnitude_vector = OutsideParameters()
         for part in [SHARED] if self.shares_A else self.parts:
             self.lora_A[part] = self._new_A(part, base.device)
         for part in self.parts:
@@ -123,9 +108,9 @@ class LinearAdapter(torch.nn.Module):
                 self.lora_B0.keep(part, parameter)
 
     def _check_decomposition(self) -> None:
-        rows, init = dict(self.layout.parts), self.config.init_lora_weights
+        init = self.config.init_lora_weights
         for parts in [self.parts] if self.shares_A else [[part] for part in self.parts]:
-            most, rank = min(sum(rows[part] for part in parts), self.layout.in_features), self.ranks[parts[0]]
+            most, rank = min(sum(self.rows[part] for part in parts), self.columns), self.ranks[parts[0]]
             if rank > most:
                 raise ValueError(
                     f"{self.layout.name}: with {init!r} the rank of {', '.join(parts)} can be {most} at most, not {rank}"
@@ -135,17 +120,21 @@ class LinearAdapter(torch.nn.Module):
                     f"{self.layout.name}: with {init!r} projections of one A need one scaling, not {self.scaling}"
                 )
 
+    def _real_sizes(self, vocabulary: int | None) -> tuple[dict[str, int], int]:
+        rows = dict(self.layout.parts)
+        return ({part: vocabulary for part in rows} if vocabulary else rows), self.layout.in_features
+
     def _new_A(self, part: str, device: torch.device) -> torch.nn.Parameter:
         layout, rank = self.layout, self.ranks[self.parts[0] if part == SHARED else part]
         first, count = layout.columns
-        whole = self._draw(part, "A", rank, layout.in_features, rank)
-        return self._parameter(whole[:, first : first + count], 1, layout.partition_dim == 1, device)
+        whole = self._draw(part, "A", rank, self.columns, rank)
+        return self._parameter(cut(whole, 1, first, count), 1, layout.partition_dim == 1, device)
 
     def _new_B(self, part: str, device: torch.device) -> torch.nn.Parameter:
         layout, rank = self.layout, self.ranks[part]
         first, count = layout.part_rows(part)
-        whole = self._draw(part, "B", dict(layout.parts)[part], rank, rank)
-        return self._parameter(whole[first : first + count], 0, layout.partition_dim == 0, device)
+        whole = self._draw(part, "B", self.rows[part], rank, rank)
+        return self._parameter(cut(whole, 0, first, count), 0, layout.partition_dim == 0, device)
 
     def _new_magnitude(self, part: str, device: torch.device) -> torch.nn.Parameter:
         # mlora.dora.reset_magnitudes() computes them, which takes the whole group.
@@ -186,7 +175,7 @@ class LinearAdapter(torch.nn.Module):
         layout = self.layout
         for part, parameter in self.lora_magnitude_vector.items():
             name, first = f"{layout.name}.{part}.lora_magnitude_vector", layout.part_rows(part)[0]
-            yield Factor(name, parameter, (dict(layout.parts)[part],), (first,), layout.partition_dim != 0)
+            yield Factor(name, parameter, (self.rows[part],), (first,), layout.partition_dim != 0)
 
     def start(self) -> Iterator[Factor]:
         """What the adapter started as and keeps, as :meth:`factors`."""
@@ -197,10 +186,10 @@ class LinearAdapter(torch.nn.Module):
     ) -> Iterator[Factor]:
         layout = self.layout
         for part, matrix in A:
-            shape, offset = (matrix.shape[0], layout.in_features), (0, layout.columns[0])
+            shape, offset = (matrix.shape[0], self.columns), (0, layout.columns[0])
             yield Factor(f"{layout.name}.{part}.{a_name}", matrix, shape, offset, layout.partition_dim != 1)
         for part, matrix in B:
-            shape, offset = (dict(layout.parts)[part], matrix.shape[1]), (layout.part_rows(part)[0], 0)
+            shape, offset = (self.rows[part], matrix.shape[1]), (layout.part_rows(part)[0], 0)
             yield Factor(f"{layout.name}.{part}.{b_name}", matrix, shape, offset, layout.partition_dim != 0)
 
     def index(self, part: str) -> torch.Tensor:

@@ -8,36 +8,49 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.transformer.mlp import MLP
 
-from mlora.adapter import Factor, LinearAdapter
-from mlora.bank import AdapterBank
+from mlora.adapter import LinearAdapter
+from mlora.bank import AdapterBank, Bank
 from mlora.config import LoraConfig
+from mlora.copies import (
+    Candidate,
+    CopiedModule,
+    CopyBank,
+    base_weight,
+    choose_copied,
+    copied_modules,
+    new_copy,
+    rows_of,
+)
 from mlora.decomposition import check_started, start_from_weight
 from mlora.dora import reset_magnitudes
+from mlora.embedding import EmbeddingAdapter, EmbeddingLora, embedding_layout
+from mlora.factor import Factor
 from mlora.families import Family
 from mlora.local import LocalLora
-from mlora.names import hf_module_name
+from mlora.names import DEFAULT_ADAPTER, hf_module_name
+from mlora.refusals import check_supported, check_untied, is_local
 from mlora.targets import Projection, Target, select
 from mlora.te import MlpLora, TeLora
-from parallel.layout import LinearLayout, read_layout
+from mlora.vocabulary import is_embedding, is_output_layer, leave_pad_token, real_rows
+from parallel.layout import WHOLE, LinearLayout, read_layout
 from parallel.stages import as_chunks, named_modules, union_over_stages
 from parallel.together import together
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_ADAPTER = "default"
 
-
-_adapted_classes: dict[type, type] = {}
+_adapted_classes: dict[tuple[type, type], type] = {}
 
 
 def _adapted_class(base: type, mixin: type) -> type:
     """The subclass of a module's class that adds the adapter; one for each class, so that ``isinstance`` stays true."""
-    if base not in _adapted_classes:
-        _adapted_classes[base] = type(f"Lora{base.__name__}", (mixin, base), {"__module__": base.__module__})
-    return _adapted_classes[base]
+    if (base, mixin) not in _adapted_classes:
+        made = type(f"Lora{base.__name__}", (mixin, base), {"__module__": base.__module__})
+        _adapted_classes[base, mixin] = made
+    return _adapted_classes[base, mixin]
 
 
 def banks(model: torch.nn.Module | Sequence[torch.nn.Module]) -> Iterator[AdapterBank]:
@@ -56,6 +69,8 @@ def factors(
     """
     for adapter in linear_adapters(model, adapter_name):
         yield from adapter.factors()
+    for module, copies in copied_modules(model):
+        yield from copies.factors(adapter_name, module)
 
 
 def linear_adapters(
@@ -105,7 +120,8 @@ def apply(
     Raises:
         ValueError: the name is taken or no identifier; a target, pattern or layer matches nothing on any stage (the message
             lists what exists); a linear is none of the family's; a targeted linear is of a kind that cannot be adapted, or its
-            weight cannot be decomposed; the model is in Megatron's DDP already, and this is its first adapter.
+            weight cannot be decomposed; a module of ``modules_to_save`` is of a kind that cannot be trained whole; the model is in
+            Megatron's DDP already, and this is its first adapter.
 
     Every error is raised on every rank alike, before anything in the model has changed.
     """
@@ -115,23 +131,27 @@ def apply(
         )
     chunks = as_chunks(model)
     linears = {name: (module, layout) for name, module, layout in _linears(chunks)}
+    check_untied(chunks, config, family)
     targets = select(_projections([layout for _, layout in linears.values()], family), config, union_over_stages)
+    wholes = choose_copied(chunks, targets, config, family)
     existing = union_over_stages({name for bank in banks(chunks) for name in bank.adapters})
     if adapter_name in existing:
         raise ValueError(f"there is an adapter {adapter_name!r} already")
     adapters = together(lambda: _make(chunks, linears, targets, config, first=not existing))
     if config.decomposes:
         for module, adapter in adapters:
-            start_from_weight(adapter, module.weight)  # type: ignore[arg-type]
+            start_from_weight(adapter, base_weight(module))
         together(lambda: check_started(adapter for _, adapter in adapters))
     if config.use_dora:
         for module, adapter in adapters:
-            reset_magnitudes(adapter, module.weight)  # type: ignore[arg-type]
+            reset_magnitudes(adapter, base_weight(module))
     if not existing:
         for chunk in chunks:
             chunk.requires_grad_(False)
     for module, adapter in adapters:
         _attach(module, adapter, adapter_name, first=not existing)
+    for whole in wholes:
+        _attach_copy(whole, adapter_name, first=not existing)
     for chunk in chunks:
         _join_mlps(chunk)
         _let_gradients_reach_the_first_stage(chunk)
@@ -140,12 +160,13 @@ def apply(
 
 
 def _linears(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Module, LinearLayout]]:
-    """(global name, module, layout) of every linear in the layers of the model."""
+    """(global name, module, layout) of every module that can have a low-rank term."""
     for chunk in chunks:
+        tied = getattr(chunk, "share_embeddings_and_output_weights", False)
         for name, module in named_modules(chunk):
-            if name.rpartition(".")[2] == "output_layer":
-                continue  # PEFT's "all-linear" leaves it out, and its rows are padded.
-            layout = read_layout(name, module)
+            if is_output_layer(name) and tied:
+                continue  # Its weight is the embedding's, which it need not hold.
+            layout = embedding_layout(name, module) if is_embedding(name, module) else read_layout(name, module)
             if layout is not None:
                 yield name, module, layout
 
@@ -176,22 +197,43 @@ def _make(
     made = []
     for name, chosen in by_module.items():
         module, layout = linears[name]
-        _check_supported(module, layout, config)
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        made.append((module, LinearAdapter(layout, chosen, config, weight)))
+        check_supported(module, layout, config)
+        kind = EmbeddingAdapter if isinstance(module, VocabParallelEmbedding) else LinearAdapter
+        adapter = kind(layout, chosen, config, base_weight(module), real_rows(module))
+        if isinstance(adapter, EmbeddingAdapter):
+            leave_pad_token(module, adapter.lora_A[WHOLE], 1)
+        made.append((module, adapter))
     return made
 
 
 def _attach(module: torch.nn.Module, adapter: LinearAdapter, adapter_name: str, first: bool) -> None:
-    if not isinstance(module, LocalLora | TeLora):
+    if not isinstance(module, LocalLora | TeLora | EmbeddingLora):
         module.add_module("lora", AdapterBank(adapter.layout))
-        module.__class__ = _adapted_class(type(module), LocalLora if _is_local(module) else TeLora)
+        module.__class__ = _adapted_class(type(module), _mixin(module))
     bank: AdapterBank = module.lora  # type: ignore[assignment]
     bank.adapters[adapter_name] = adapter.train(module.training)
     if first:
         bank.active = adapter_name
     else:
         adapter.requires_grad_(False)
+
+
+def _mixin(module: torch.nn.Module) -> type:
+    if isinstance(module, VocabParallelEmbedding):
+        return EmbeddingLora
+    return LocalLora if is_local(module) else TeLora
+
+
+def _attach_copy(whole: Candidate, adapter_name: str, first: bool) -> None:
+    name, module = whole.name, whole.module
+    copy = new_copy(name, module)
+    if not isinstance(module, CopiedModule):
+        module.add_module("copies", CopyBank(name, whole.hf_names[0], rows_of(name, module)))
+        module.__class__ = _adapted_class(type(module), CopiedModule)
+    bank: CopyBank = module.copies  # type: ignore[assignment]
+    bank.adapters[adapter_name] = copy.requires_grad_(first)
+    if first:
+        bank.active = adapter_name
 
 
 def _join_mlps(chunk: torch.nn.Module) -> None:
@@ -201,36 +243,10 @@ def _join_mlps(chunk: torch.nn.Module) -> None:
             module.__class__ = _adapted_class(MLP, MlpLora)
 
 
-def freeze_all_but(bank: AdapterBank, adapter_name: str | None) -> None:
+def freeze_all_but(bank: Bank, adapter_name: str | None) -> None:
     """Let only the adapter ``adapter_name`` of a bank train; None: none."""
     for name, adapter in bank.adapters.items():
         adapter.requires_grad_(name == adapter_name)
-
-
-def _is_local(module: torch.nn.Module) -> bool:
-    return isinstance(module, ColumnParallelLinear | RowParallelLinear)
-
-
-def _check_supported(module: torch.nn.Module, layout: LinearLayout, lora: LoraConfig) -> None:
-    config: Any = module.config
-    if not _is_local(module) and lora.use_dora and lora.lora_dropout > 0:
-        raise ValueError(
-            f"{layout.name}: DoRA with a lora_dropout of {lora.lora_dropout} needs a second product with the base weight, which "
-            f"Transformer Engine's linears do not give; set lora_dropout to 0"
-        )
-    if not _is_local(module) and lora.use_dora and type(module.weight) is not torch.nn.Parameter:
-        raise ValueError(f"{layout.name}: DoRA needs the lengths of the weight's rows, and the weight is quantized")
-    if not _is_local(module) and getattr(config, "use_transformer_engine_op_fuser", False):
-        raise ValueError(
-            f"{layout.name}: with use_transformer_engine_op_fuser the MLP never calls its linears, so an adapter on them would do "
-            f"nothing; switch it off"
-        )
-    if layout.expert:
-        raise ValueError(f"{layout.name} is an expert's linear; experts cannot be adapted: add it to exclude_modules")
-    if getattr(module, "gtp_remat_size", 1) > 1:
-        raise ValueError(
-            f"{layout.name}: its weight is rematerialised over a group (GTP), which adapters do not support"
-        )
 
 
 def _let_gradients_reach_the_first_stage(chunk: torch.nn.Module) -> None:

@@ -5,9 +5,10 @@ A checkpoint is a directory of Megatron's ``torch_dist`` files (:mod:`parallel.s
 | what | where |
 |---|---|
 | adapter parameters, whole, under ``adapter.<global Megatron module>.<projection>.lora_A`` | sharded files |
+| weights of ``modules_to_save``, whole, under ``adapter.<global Megatron module>.weight`` | sharded files |
 | for resuming: optimizer, scheduler, random states, the caller's training state | sharded files |
 | :class:`~mlora.config.LoraConfig` | ``adapter_config.json`` |
-| iteration, layout at save, projections, base model | ``mlora.json`` |
+| iteration, layout at save, projections, modules saved whole, base model | ``mlora.json`` |
 
 It is written under a temporary name, checked and then renamed, so a directory ``iter_0000010`` is always whole.
 """
@@ -26,27 +27,38 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-from mlora.adapter import Factor, LinearAdapter
-from mlora.attach import DEFAULT_ADAPTER, banks, linear_adapters
+from mlora.adapter import LinearAdapter
+from mlora.attach import banks, factors, linear_adapters
 from mlora.config import LoraConfig
-from mlora.description import CONFIG_FILE as CONFIG_FILE
-from mlora.description import FORMAT as FORMAT
-from mlora.description import INFO_FILE as INFO_FILE
-from mlora.description import ITERATION as ITERATION
-from mlora.description import checkpoints as checkpoints
-from mlora.description import latest_checkpoint as latest_checkpoint
-from mlora.description import read_info as read_info
+from mlora.copies import copied_modules
+from mlora.description import CONFIG_FILE, FORMAT, INFO_FILE, PREFIX, checkpoints, latest_checkpoint, read_info
+from mlora.factor import Factor
 from mlora.folder import complete, make_empty, remove
+from mlora.names import DEFAULT_ADAPTER
 from parallel.optimizer import check_settings, saveable
 from parallel.optimizer import load as load_optimizer
 from parallel.random import random_states, restore_random_states
+from parallel.reader import Reader
 from parallel.stages import as_chunks, union_over_stages
-from parallel.storage import Reader, read, read_pieces, write
+from parallel.storage import read, read_pieces, write
 from parallel.together import on_rank_zero, together
+
+__all__ = [
+    "PREFIX",
+    "Training",
+    "adapter_config",
+    "adapter_sharded_state",
+    "checkpoints",
+    "describe",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "read_info",
+    "save_checkpoint",
+    "sharded_tensors",
+]
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "adapter."
 # The optimizer's layout in the file: one tensor a parameter, so that it loads at any layout.
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -87,8 +99,8 @@ def sharded_tensors(factors: Iterable[Factor]) -> dict[str, ShardedTensor]:
 
 
 def _saved(model: Model, adapter_name: str) -> Iterator[Factor]:
+    yield from factors(model, adapter_name)
     for adapter in linear_adapters(model, adapter_name):
-        yield from adapter.factors()
         yield from adapter.start()
 
 
@@ -239,6 +251,8 @@ def describe(model: Model, adapter_name: str, iteration: int, base: Mapping[str,
     }
     names = ("module", "part", "hf_name", "hf_row", "rank", "scaling")
     projections = [dict(zip(names, json.loads(row), strict=True)) for row in sorted(union_over_stages(rows))]
+    wholes = {f"{bank.name} {bank.hf_name}" for _, bank in copied_modules(model) if adapter_name in bank.adapters}
+    saved = [dict(zip(("module", "hf_name"), row.split(), strict=True)) for row in sorted(union_over_stages(wholes))]
     return {
         "format": FORMAT,
         "adapter_name": adapter_name,
@@ -247,6 +261,7 @@ def describe(model: Model, adapter_name: str, iteration: int, base: Mapping[str,
         "base": dict(base or {}),
         "layers": getattr(getattr(as_chunks(model)[0], "config", None), "num_layers", 0),
         "projections": projections,
+        "modules_to_save": saved,
         "versions": {name: version(name) for name in ("torch", "megatron-core")},
     }
 

@@ -30,7 +30,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False,),
     "lora_ga_config": (None,),
     "merge_weights": (False, None),  # PEFT before 0.3
-    "modules_to_save": (None, []),
     "monteclora_config": (None,),
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
@@ -61,7 +60,10 @@ class LoraConfig:
         lora_alpha: numerator of the scaling ``lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``).
         lora_dropout: probability in [0, 1) that an input feature of A is zeroed in training.
         target_modules: names to adapt: a list (a name matches a module whose path is it or ends in ``.name``), a string (a
-            regular expression that matches the whole path), or "all-linear": every linear but the output layer.
+            regular expression that matches the whole path), or "all-linear": every linear but the output layer. The embedding
+            and the output layer are adapted where they are named.
+        modules_to_save: names of modules that train whole beside the low-rank terms: embedding, output layer, norms. A name
+            matches a module whose Hugging Face path ends with it: "norm" every norm, "model.norm" the last one.
         exclude_modules: names not to adapt, a list or a regular expression likewise.
         use_rslora: rank-stabilised scaling (Kalajdzievski 2023).
         use_dora: the length of each row of the adapted weight is a parameter too (Liu et al. 2024, DoRA).
@@ -92,13 +94,16 @@ class LoraConfig:
     layers_pattern: str | Sequence[str] | None = None
     init_lora_weights: bool | str = True
     bias: str = "none"
+    modules_to_save: Sequence[str] | None = None
     shared_A: bool = False
     adapter_dtype: torch.dtype | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             self._set(name, _names(name, getattr(self, name)))
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save is {self.modules_to_save!r}; give a list of names")
         for name in ("rank_pattern", "alpha_pattern"):
             self._set(name, _pattern(name, getattr(self, name)))
         self._set("layers_to_transform", _layers(self.layers_to_transform))

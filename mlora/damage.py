@@ -4,9 +4,10 @@ import json
 import os
 from pathlib import Path
 
-from mlora.checkpoint import CONFIG_FILE, INFO_FILE, ITERATION, read_info
+from mlora.description import CONFIG_FILE, INFO_FILE, ITERATION, read_info
 from mlora.folder import sync
-from parallel.storage import PLAIN, DamagedError, Reader
+from parallel.errors import DamagedError
+from parallel.reader import PLAIN, Reader
 
 
 def newest_first(folder: str | Path) -> list[Path]:
@@ -32,7 +33,7 @@ def check_files(checkpoint: Path) -> None:
             raise DamagedError(f"{path} cannot be read: {error}") from error
     read_info(checkpoint)
     with Reader(checkpoint) as reader:
-        reader.object(PLAIN.unique_key)
+        reader.object(PLAIN)
 
 
 def set_aside(checkpoint: Path) -> Path:

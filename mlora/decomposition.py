@@ -19,8 +19,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from mlora.adapter import SHARED, LinearAdapter
+from mlora.adapter import LinearAdapter
+from mlora.factor import cut
 from mlora.initial import normal
+from mlora.names import SHARED
 from parallel import shards
 
 
@@ -36,7 +38,8 @@ def start_from_weight(adapter: LinearAdapter, weight: torch.Tensor) -> None:
         {SHARED: adapter.parts} if adapter.shares_A else {part: [part] for part in adapter.parts}
     ).items():
         rank, scaling = adapter.ranks[parts[0]], adapter.scaling[parts[0]]
-        whole = torch.cat([shards.gather(layout, weight, part, wide) for part in parts])
+        # Without the vocabulary's padding, of which there is more or less.
+        whole = torch.cat([shards.gather(layout, weight, part, wide)[: adapter.rows[part]] for part in parts])
         lora_A, lora_B = whole.new_empty(rank, whole.shape[1]), whole.new_empty(whole.shape[0], rank)
         groups = [layout.group, parallel_state.get_data_parallel_group(with_context_parallel=True)]
         if all(group.rank() == 0 for group in groups):
@@ -49,10 +52,10 @@ def start_from_weight(adapter: LinearAdapter, weight: torch.Tensor) -> None:
                 dist.broadcast(factor, src=dist.get_global_rank(group, 0), group=group)
         first, count = layout.columns
         adapter.start_A(name, lora_A[:, first : first + count])
-        for part, rows in zip(parts, torch.split(lora_B, [dict(layout.parts)[part] for part in parts]), strict=True):
+        for part, rows in zip(parts, torch.split(lora_B, [adapter.rows[part] for part in parts]), strict=True):
             first, count = layout.part_rows(part)
             if count:
-                adapter.start_B(part, rows[first : first + count])
+                adapter.start_B(part, cut(rows, 0, first, count))
 
 
 def check_started(adapters: Iterable[LinearAdapter]) -> None:

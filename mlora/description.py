@@ -9,17 +9,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-
 from mlora.config import LoraConfig
-from parallel.storage import DIRECTORY, FORMAT_FILE, DamagedError, Reader, read_directory
+from parallel.errors import DamagedError
+from parallel.reader import DIRECTORY, FORMAT_FILE, Reader, object_key, read_directory
 
 CONFIG_FILE = "adapter_config.json"
 INFO_FILE = "mlora.json"
+PREFIX = "adapter."  # of the keys of an adapter's tensors
 FORMAT = 1
 ITERATION = re.compile(r"iter_(\d{7,})")
 # What INFO_FILE holds elsewhere, and under "lora" what CONFIG_FILE does.
-INSIDE = ShardedObject("mlora", None, (1,), (0,))
+INSIDE = "mlora"
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -81,7 +81,7 @@ def _read_inside(checkpoint: Path) -> dict[str, Any]:
     if not _describes_itself(checkpoint):
         raise FileNotFoundError(f"{checkpoint} is no mlora checkpoint: it has no {INFO_FILE}")
     with Reader(checkpoint) as reader:
-        info: dict[str, Any] = dict(reader.object(INSIDE.unique_key))
+        info: dict[str, Any] = dict(reader.object(object_key(INSIDE)))
     if info.get("format") != FORMAT:
         raise ValueError(f"{checkpoint}: format {info.get('format')!r}; this version reads format {FORMAT}")
     iteration = ITERATION.fullmatch(checkpoint.name)
@@ -92,6 +92,6 @@ def _describes_itself(folder: Path) -> bool:
     if not (folder / FORMAT_FILE).is_file():
         return False
     try:
-        return INSIDE.unique_key in read_directory(folder / DIRECTORY).state_dict_metadata
+        return object_key(INSIDE) in read_directory(folder / DIRECTORY).state_dict_metadata
     except (OSError, DamagedError):
         return False

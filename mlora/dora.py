@@ -18,7 +18,16 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mlora.adapter import LinearAdapter
-from mlora.linear import Geometry, add_product, autocast_now, flat_tokens, gradient_of_A, gradient_of_B, input_gradient
+from mlora.linear import (
+    Geometry,
+    add_product,
+    autocast_now,
+    flat_tokens,
+    gradient_of_A,
+    gradient_of_B,
+    in_shape,
+    input_gradient,
+)
 from parallel import collectives
 
 _ROWS = 4096  # of a weight that are widened at a time
@@ -121,7 +130,7 @@ class DoraLinear(torch.autograd.Function):
         y = add_product(y, flat_tokens(whole - dropped), weight.T)
         ctx.save_for_backward(x, weight, lora_A, lora_B, low, z, scale)
         ctx.geometry, ctx.autocast = geometry, autocast_now(x.device.type)
-        return y.view(*whole.shape[:-1], y.shape[-1])
+        return in_shape(y, whole)
 
     @staticmethod
     @once_differentiable

@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from parallel.storage import Reader, naming
+from parallel.errors import naming
+from parallel.reader import Reader
 
 _UNFINISHED = re.compile(r"iter_\d{7,}\.(partial|old)")  # Being written, being removed.
 

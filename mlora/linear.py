@@ -106,7 +106,7 @@ class LoraLinear(torch.autograd.Function):
         y = add_product(term if bias is None else term.add_(bias), flat_tokens(whole), weight.T)
         ctx.save_for_backward(x if needs_A else None, weight, lora_A, lora_B, low if needs_B else None)
         ctx.geometry, ctx.autocast = geometry, autocast_now(x.device.type)
-        return y.view(*whole.shape[:-1], y.shape[-1])
+        return in_shape(y, whole)
 
     @staticmethod
     @once_differentiable
@@ -157,6 +157,12 @@ def gradient_of_B(dy: torch.Tensor, low: torch.Tensor, geometry: Geometry) -> to
 def flat_tokens(x: torch.Tensor) -> torch.Tensor:
     """[s, b, n] -> [s·b, n], sequence first: the order that is gathered and scattered."""
     return x.reshape(-1, x.shape[-1])
+
+
+def in_shape(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y [T, n] as [s, b, n], x being [s, b, m]. To autograd it is no view: Megatron's loss works in the place of the logits."""
+    shaped: torch.Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+    return shaped
 
 
 def add_product(term: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

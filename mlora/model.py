@@ -20,7 +20,7 @@ from mlora.families.rope import Rope
 from mlora.loading import load_chunk
 from mlora.pretrained import Pretrained
 from mlora.spec import TransformerImpl, final_norm, layer_spec, transformer_engine_obstacle
-from mlora.vocabulary import CapLogits, MaskPadding, Scale, padded_size
+from mlora.vocabulary import CapLogits, MaskPadding, Scale, padded_size, set_vocabulary
 from parallel.sizes import ParallelSizes
 
 logger = logging.getLogger(__name__)
@@ -215,6 +215,8 @@ def _chunk(
         shape_attention(layer, architecture)
     if first:
         _shape_embedding(chunk.embedding, architecture)
+    if last:
+        set_vocabulary(chunk.output_layer, architecture.vocab_size)
     if last and architecture.logit_cap is not None:
         chunk.output_layer.register_forward_hook(CapLogits(architecture.logit_cap))
     if last and vocab_size > architecture.vocab_size:
@@ -222,7 +224,8 @@ def _chunk(
     return chunk  # type: ignore[no-any-return]
 
 
-def _shape_embedding(embedding: torch.nn.Module, architecture: Architecture) -> None:
+def _shape_embedding(embedding: Any, architecture: Architecture) -> None:
+    set_vocabulary(embedding.word_embeddings, architecture.vocab_size, architecture.pad_token)
     if architecture.embedding_scale != 1:
         embedding.register_forward_hook(Scale(architecture.embedding_scale))
     if architecture.rope.longest is not None:

@@ -1,7 +1,12 @@
-"""The Hugging Face names of a model's linears, by its family or, for a model of no family, by Llama's."""
+"""Names: of adapters' parts, and Hugging Face's of a model's linears, by its family or, for a model of no family, by Llama's."""
 
 from mlora.families import LLAMA, Family
 from mlora.families.family import WHOLE
+
+DEFAULT_ADAPTER = "default"
+SHARED = "shared"  # in the place of a projection's name: of a lora_A that several have in common
+# Last parts of Megatron's names of the input embedding and the output layer.
+EMBEDDING, OUTPUT_LAYER = "word_embeddings", "output_layer"
 
 
 def hf_module_name(module: str, part: str, family: Family | None = None) -> str:

@@ -10,9 +10,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from mlora.adapter import SHARED, LinearAdapter
-from mlora.attach import DEFAULT_ADAPTER, banks, check_adapter_exists
+from mlora.adapter import LinearAdapter
+from mlora.attach import banks, check_adapter_exists
 from mlora.bank import AdapterBank
+from mlora.copies import base_weight
+from mlora.embedding import EmbeddingLora
+from mlora.names import DEFAULT_ADAPTER, SHARED
 from parallel.collectives import all_reduce_
 from parallel.layout import LinearLayout
 from parallel.stages import as_chunks, union_over_stages
@@ -58,13 +61,13 @@ def adapter_norms(model: Model, adapter_name: str = DEFAULT_ADAPTER) -> dict[str
 
 
 def _with_weights(model: Model) -> Iterator[tuple[AdapterBank, torch.Tensor]]:
-    """Every bank and its linear's own weight, also while an adapter is merged into it."""
+    """Every bank and its linear's own weight [out_l, in_l], also while an adapter is merged into it."""
     for chunk in as_chunks(model):
         for module in chunk.modules():
             bank = getattr(module, "lora", None)
             if isinstance(bank, AdapterBank):
-                weight: torch.Tensor = module.weight  # type: ignore[assignment]
-                yield bank, weight if bank.weight_before_merge is None else bank.weight_before_merge
+                weight = base_weight(module) if bank.weight_before_merge is None else bank.weight_before_merge
+                yield bank, weight.T if isinstance(module, EmbeddingLora) else weight
 
 
 def _of_linear(adapter: LinearAdapter, weight: torch.Tensor) -> Iterator[tuple[str, Norms]]:

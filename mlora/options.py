@@ -140,6 +140,9 @@ class Lora:
         Help("Hugging Face names (q_proj) or Megatron names (linear_qkv), or one regular expression on the whole path"),
     ] = ("all-linear",)
     lora_exclude_modules: Annotated[tuple[str, ...], Help("names not to adapt, given likewise")] = ()
+    lora_modules_to_save: Annotated[
+        tuple[str, ...], Help("train these whole beside the adapter: embed_tokens, lm_head, norms")
+    ] = ()
     lora_layers: Annotated[tuple[int, ...] | None, Help("adapt only these layers, counted from 0")] = None
     lora_use_rslora: Annotated[bool, Help("scaling alpha / sqrt(r)")] = False
     lora_use_dora: Annotated[bool, Help("DoRA: train the lengths of the adapted weight's rows too")] = False
@@ -175,6 +178,7 @@ class Lora:
             "lora_dropout": self.lora_dropout,
             "target_modules": _modules("--lora-target-modules", self.lora_target_modules),
             "exclude_modules": _modules("--lora-exclude-modules", self.lora_exclude_modules) or None,
+            "modules_to_save": self.lora_modules_to_save or None,
             "layers_to_transform": self.lora_layers,
             "use_rslora": self.lora_use_rslora,
             "use_dora": self.lora_use_dora,

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
-from mlora.attach import DEFAULT_ADAPTER, apply
+from mlora.attach import apply
 from mlora.checkpoint import load_checkpoint
 from mlora.config import LoraConfig
 from mlora.conversion import open_adapter
-from mlora.conversion.importing import Import, load_import, plan_import
+from mlora.conversion.importing import Import, plan_import
 from mlora.description import read_lora_config
+from mlora.imported import load_import
+from mlora.names import DEFAULT_ADAPTER
 from mlora.pretrained import Pretrained
 from mlora.switch import delete_adapter
 from parallel.stages import as_chunks

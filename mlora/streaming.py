@@ -12,18 +12,21 @@ from typing import Any
 
 import torch
 
-from mlora.adapter import SHARED, LinearAdapter
-from mlora.attach import DEFAULT_ADAPTER, banks, check_adapter_exists, linear_adapters
+from mlora.adapter import LinearAdapter
+from mlora.attach import banks, check_adapter_exists, linear_adapters
 from mlora.bank import AdapterBank
 from mlora.checkpoint import adapter_config
 from mlora.conversion.peft import PREFIX
 from mlora.conversion.portable import plain_config
 from mlora.conversion.selection import selection
+from mlora.copies import CopiedModule, CopyBank, base_weight, copied_modules
 from mlora.dora import scales
+from mlora.embedding import EmbeddingAdapter
+from mlora.names import DEFAULT_ADAPTER, EMBEDDING, OUTPUT_LAYER, SHARED
 from mlora.pretrained import Pretrained
 from mlora.spec import fused_norm
-from mlora.switch import add_weight, merged_adapter
-from parallel.layout import LinearLayout, read_layout
+from mlora.switch import add_weight, check_no_tied_term, merged_adapter
+from parallel.layout import WHOLE, LinearLayout, read_layout
 from parallel.norm import HeadsRMSNorm
 from parallel.pieces import BUCKET_BYTES, Piece, whole_tensors
 from parallel.stages import as_chunks, named_modules, union_over_stages
@@ -50,6 +53,8 @@ def iter_adapter_tensors(
         ValueError: there is no such adapter on any stage.
     """
     pieces = [piece for adapter in linear_adapters(model, adapter_name) for piece in _adapter_pieces(adapter)]
+    for module, copies in copied_modules(model):
+        pieces += _copy_pieces(module, copies, adapter_name, PREFIX)
     return whole_tensors(pieces, bucket_bytes)
 
 
@@ -76,24 +81,29 @@ def iter_merged_tensors(
         An iterator; what is wrong is raised before its first value.
 
     Raises:
-        ValueError: there is no such adapter on any stage, or another one is merged; a module is none of the family's.
+        ValueError: there is no such adapter on any stage, or another one is merged; it adapts a tied embedding; a module is none
+            of the family's.
     """
     merged = merged_adapter(model)
     if merged not in (None, adapter_name):
         raise ValueError(f"adapter {merged!r} is merged into the base weights; unmerge it first")
     found = list(banks(model))
     check_adapter_exists(found, adapter_name)
-    of_adapters = {id(module) for bank in found for module in bank.modules()}
+    check_no_tied_term(model, adapter_name)
+    everything = [*found, *(copies for _, copies in copied_modules(model))]
+    of_adapters = {id(module) for bank in everything for module in bank.modules()}
     pieces: list[Piece] = []
     for chunk in as_chunks(model):
         for name, module in named_modules(chunk):
             bank = getattr(module, "lora", None)
             adapter = bank.adapter(adapter_name) if isinstance(bank, AdapterBank) else None
-            if base is not None and id(module) not in of_adapters:
+            copies = module.copies if isinstance(module, CopiedModule) else None
+            if copies is not None and adapter_name in copies.adapters:
+                pieces += _copy_pieces(module, copies, adapter_name)
+            elif base is not None and id(module) not in of_adapters:
                 pieces += _module_pieces(name, module, None if merged else adapter, base)
             elif base is None and adapter is not None:
-                rows = {part: adapter.hf_rows[part] for part in adapter.parts}
-                pieces += _linear_pieces(module, adapter.layout, None if merged else adapter, adapter.hf_names, rows)
+                pieces += _changed_pieces(module, adapter, merged=merged is not None)
     return whole_tensors(pieces, bucket_bytes)
 
 
@@ -119,6 +129,7 @@ def peft_config(model: Model, adapter_name: str = DEFAULT_ADAPTER, *, base_name:
         use_rslora=config.use_rslora and not config.decomposes,
         use_dora=config.use_dora,
         lora_dropout=config.lora_dropout,
+        modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
         **selection(modules, layers),
     )
 
@@ -133,42 +144,69 @@ def _rank_and_alpha(adapter: LinearAdapter, part: str) -> tuple[int, float]:
 
 
 def _adapter_pieces(adapter: LinearAdapter) -> Iterator[Piece]:
-    layout = adapter.layout
-    totals = _rows_of_modules(layout, adapter.hf_names)
-    columns, dtype = layout.columns, adapter.dtype
+    layout, dtype = adapter.layout, adapter.dtype
+    totals = _rows_of_modules(adapter.rows, adapter.hf_names)
+    left, columns = _real(*layout.columns, adapter.columns)
     twice = 2 if adapter.config.decomposes else 1
+    key, end = ("lora_embedding_", "") if isinstance(adapter, EmbeddingAdapter) else ("lora_", ".weight")
     for part in adapter.parts:
         name, rank = f"{PREFIX}{adapter.hf_names[part]}", twice * adapter.ranks[part]
-        first, count = layout.part_rows(part)
+        first, count = _real(*layout.part_rows(part), adapter.rows[part])
         at, rows = adapter.hf_rows[part] + first, totals[adapter.hf_names[part]]
-        if adapter.hf_rows[part] == 0:  # The first of the projections of one module brings their A.
-            shape, size = (rank, layout.in_features), (rank, columns[1])
-            make = partial(_A, adapter, SHARED if adapter.shares_A else part)
-            yield Piece(f"{name}.lora_A.weight", shape, (0, columns[0]), size, dtype, make)
+        if adapter.hf_rows[part] == 0 and columns:  # The first of the projections of one module brings their A.
+            shape, size = (rank, adapter.columns), (rank, columns)
+            make = partial(_A, adapter, SHARED if adapter.shares_A else part, columns)
+            yield Piece(f"{name}.{key}A{end}", shape, (0, left), size, dtype, make)
         if not count:
             continue
-        yield Piece(f"{name}.lora_B.weight", (rows, rank), (at, 0), (count, rank), dtype, partial(_B, adapter, part))
+        make = partial(_B, adapter, part, count)
+        yield Piece(f"{name}.{key}B{end}", (rows, rank), (at, 0), (count, rank), dtype, make)
         if adapter.uses_dora:
-            make = adapter.lora_magnitude_vector[part].detach
+            make = partial(torch.narrow, adapter.lora_magnitude_vector[part].detach(), 0, 0, count)
             yield Piece(f"{name}.lora_magnitude_vector", (rows,), (at,), (count,), dtype, make)
 
 
-def _rows_of_modules(layout: LinearLayout, names: Mapping[str, str]) -> dict[str, int]:
-    """Rows of each Hugging Face module that is named; several parts may be one module."""
-    rows: dict[str, int] = {}
+def _real(first: int, count: int, total: int) -> tuple[int, int]:
+    """(first, count) of rows or columns without those of the vocabulary's padding."""
+    return first, min(max(total - first, 0), count)
+
+
+def _copy_pieces(module: torch.nn.Module, copies: CopyBank, adapter_name: str, prefix: str = "") -> Iterator[Piece]:
+    """The weight of a module that trains whole."""
+    for factor in copies.factors(adapter_name, module):
+        inside = factor.parameter.detach()[factor.inside]
+        if inside.numel():
+            name, size = f"{prefix}{copies.hf_name}.weight", tuple(inside.shape)
+            yield Piece(name, factor.shape, factor.offset, size, inside.dtype, inside.detach)
+
+
+def _rows_of_modules(rows: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
+    """Rows of each Hugging Face module that is named, from those of its parts."""
+    totals: dict[str, int] = {}
     for part, name in names.items():
-        rows[name] = rows.get(name, 0) + dict(layout.parts)[part]
-    return rows
+        totals[name] = totals.get(name, 0) + rows[part]
+    return totals
 
 
-def _A(adapter: LinearAdapter, key: str) -> torch.Tensor:
+def _A(adapter: LinearAdapter, key: str, columns: int) -> torch.Tensor:
     A = adapter.lora_A[key]
-    return torch.cat([A, adapter.lora_A0.get_buffer(key)]) if adapter.config.decomposes else A
+    return (torch.cat([A, adapter.lora_A0.get_buffer(key)]) if adapter.config.decomposes else A)[:, :columns]
 
 
-def _B(adapter: LinearAdapter, part: str) -> torch.Tensor:
+def _B(adapter: LinearAdapter, part: str, rows: int) -> torch.Tensor:
     B = adapter.lora_B[part]
-    return torch.cat([B, -adapter.lora_B0.get_buffer(part)], dim=1) if adapter.config.decomposes else B
+    return (torch.cat([B, -adapter.lora_B0.get_buffer(part)], dim=1) if adapter.config.decomposes else B)[:rows]
+
+
+def _changed_pieces(module: torch.nn.Module, adapter: LinearAdapter, merged: bool) -> Iterator[Piece]:
+    """The weight that an adapter changes."""
+    layout, added = adapter.layout, None if merged else adapter
+    if layout.name.rpartition(".")[2] in (EMBEDDING, OUTPUT_LAYER):
+        size = adapter.columns if isinstance(adapter, EmbeddingAdapter) else adapter.rows[WHOLE]
+        yield from _vocabulary_piece(module, added, f"{adapter.hf_names[WHOLE]}.weight", size)
+    else:
+        rows = {part: adapter.hf_rows[part] for part in adapter.parts}
+        yield from _linear_pieces(module, layout, added, adapter.hf_names, rows)
 
 
 def _module_pieces(
@@ -181,9 +219,7 @@ def _module_pieces(
     family, architecture = base.family, base.architecture
     if name in ("embedding.word_embeddings", "output_layer"):
         if name == "embedding.word_embeddings" or not architecture.tied:
-            yield from _vocabulary_piece(
-                module, held["weight"], f"{family.hf_name(name)}.weight", architecture.vocab_size
-            )
+            yield from _vocabulary_piece(module, adapter, f"{family.hf_name(name)}.weight", architecture.vocab_size)
     elif layout := read_layout(name, module):
         names = {part: family.hf_name(name, part) for part, _ in layout.parts}
         rows = {part: family.rows(architecture, name, part)[0] for part in names}
@@ -207,7 +243,7 @@ def _linear_pieces(
 ) -> Iterator[Piece]:
     """The weight of each projection, with its adapter if there is one; ``rows`` says where it begins in its module."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    totals = _rows_of_modules(layout, names)
+    totals = _rows_of_modules(dict(layout.parts), names)
     row_scales = cache(partial(_row_scales, adapter, weight))
     for part, name in names.items():
         first, count = layout.part_rows(part)
@@ -248,7 +284,7 @@ def _merged_rows(
 def _bias_pieces(
     bias: torch.Tensor, layout: LinearLayout, names: Mapping[str, str], rows: Mapping[str, int]
 ) -> Iterator[Piece]:
-    totals = _rows_of_modules(layout, names)
+    totals = _rows_of_modules(dict(layout.parts), names)
     for part, name in names.items():
         first, count = layout.part_rows(part)
         if count:
@@ -257,14 +293,21 @@ def _bias_pieces(
             yield Piece(f"{name}.bias", (totals[name],), (rows[part] + first,), (count,), bias.dtype, make)
 
 
-def _vocabulary_piece(module: Any, weight: torch.Tensor, name: str, vocab_size: int) -> Iterator[Piece]:
-    """This rank's rows of an embedding or output layer, without those beyond the vocabulary."""
+def _vocabulary_piece(module: Any, adapter: LinearAdapter | None, name: str, vocab_size: int) -> Iterator[Piece]:
+    """This rank's rows of an embedding or output layer, with the adapter if there is one, without those beyond the vocabulary."""
+    weight = base_weight(module).detach()
     rows, columns = weight.shape
-    first = module.tp_group.rank() * rows
-    real = min(max(vocab_size - first, 0), rows)
+    first, real = _real(module.tp_group.rank() * rows, rows, vocab_size)
     if real:
-        make = partial(torch.narrow, weight.detach(), 0, 0, real)
+        make = partial(_merged_vocabulary, weight, adapter, real)
         yield Piece(name, (vocab_size, columns), (first, 0), (real, columns), weight.dtype, make)
+
+
+def _merged_vocabulary(weight: torch.Tensor, adapter: LinearAdapter | None, rows: int) -> torch.Tensor:
+    if adapter is None:
+        return weight[:rows]
+    scale = _row_scales(adapter, weight)
+    return add_weight(adapter.delta(), weight, scale)[:rows].to(weight.dtype)
 
 
 def _norm_piece(module: torch.nn.Module, name: str, parameter: torch.Tensor) -> Iterator[Piece]:

@@ -10,9 +10,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from mlora.adapter import LinearAdapter
-from mlora.attach import DEFAULT_ADAPTER, banks, check_adapter_exists, freeze_all_but
-from mlora.bank import AdapterBank
+from mlora.attach import banks, check_adapter_exists, freeze_all_but
+from mlora.bank import AdapterBank, Bank
+from mlora.copies import base_weight, copied_modules
 from mlora.dora import scales
+from mlora.embedding import EmbeddingAdapter
+from mlora.names import DEFAULT_ADAPTER
 from parallel.stages import as_chunks, union_over_stages
 
 logger = logging.getLogger(__name__)
@@ -39,11 +42,12 @@ def set_adapter(model: Model, adapter_name: str, inference_mode: bool = False) -
     found = list(banks(model))
     check_adapter_exists(found, adapter_name)
     _check_not_merged(found)
-    for bank in found:
+    everything = list(_all_banks(model))
+    for bank in everything:
         bank.active = adapter_name
         freeze_all_but(bank, None if inference_mode else adapter_name)
-    in_buffers = {hasattr(parameter, "main_grad") for bank in found for parameter in bank.parameters()}
-    trained = [parameter for bank in found for parameter in bank.parameters() if parameter.requires_grad]
+    in_buffers = {hasattr(parameter, "main_grad") for bank in everything for parameter in bank.parameters()}
+    trained = [parameter for bank in everything for parameter in bank.parameters() if parameter.requires_grad]
     if True in in_buffers and not all(hasattr(parameter, "main_grad") for parameter in trained):
         logger.warning("adapter %r is on, but DDP was made without it: it gets no gradient there", adapter_name)
 
@@ -71,21 +75,21 @@ def disable_adapter(model: Model) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _only(model: Model, adapter_name: str | None) -> Iterator[None]:
-    pairs = list(_pairs(model))
-    before = [(bank, bank.active, bank.merged) for _, bank in pairs]
+    pairs, everything = list(_pairs(model)), list(_all_banks(model))
+    before = [(bank, bank.active) for bank in everything]
+    merged = next((bank.merged for _, bank in pairs if bank.merged is not None), None)
     row_scales = [bank.scale_of_merge for _, bank in pairs]
     # No collective here: what ends the context on one rank may not end it on another.
     _unmerge(pairs)
     try:
-        for _, bank in pairs:
+        for bank in everything:
             bank.active = adapter_name
         yield
     finally:
-        left = {name for _, bank in pairs for name in bank.adapters}  # Some may have been deleted meanwhile.
-        for bank, active, _ in before:
+        left = {name for bank in everything for name in bank.adapters}  # Some may have been deleted meanwhile.
+        for bank, active in before:
             bank.active = active if active in left else None
-        merged = next((name for _, _, name in before if name in left), None)
-        if merged is not None:
+        if merged in left:
             _unmerge(pairs)
             _merge(pairs, merged, row_scales)
 
@@ -103,17 +107,17 @@ def delete_adapter(model: Model, adapter_name: str) -> None:
     found = list(banks(model))
     check_adapter_exists(found, adapter_name)
     _check_not_merged(found)
-    adapters = [adapter for bank in found if (adapter := bank.adapter(adapter_name)) is not None]
+    everything = list(_all_banks(model))
     trained = any(
         parameter.requires_grad and hasattr(parameter, "main_grad")
-        for adapter in adapters
-        for parameter in adapter.parameters()
+        for bank in everything
+        for parameter in bank.parameters_of(adapter_name)
     )
     if union_over_stages({adapter_name} if trained else set()):
         raise ValueError(
             f"adapter {adapter_name!r} is being trained: DDP's gradient buffers and the optimizer hold it; set another one first"
         )
-    for bank in found:
+    for bank in everything:
         bank.delete(adapter_name)
 
 
@@ -127,8 +131,11 @@ def merge_adapter(model: Model, adapter_name: str = DEFAULT_ADAPTER) -> None:
 
     The weights as they were are kept in host memory, so that :func:`unmerge_adapter` brings back the same bits.
 
+    Modules that train whole (``modules_to_save``) stay what the adapter that is on has them to be.
+
     Raises:
-        ValueError: there is no such adapter on any stage, one is merged already, or a weight is quantized.
+        ValueError: there is no such adapter on any stage, one is merged already, or a weight is quantized; the adapter trains
+            modules whole and is not on; it adapts a tied embedding, whose weight is the output layer's too.
     """
     pairs = list(_pairs(model))
     found = [bank for _, bank in pairs]
@@ -142,6 +149,7 @@ def merge_adapter(model: Model, adapter_name: str = DEFAULT_ADAPTER) -> None:
             f"{min(quantized)} has a quantized weight, which would round most of an adapter away: merge into the checkpoint that "
             f"it was made of"
         )
+    _check_mergeable(model, adapter_name)
     _merge(pairs, adapter_name, [_scale(weight, bank.adapter(adapter_name)) for weight, bank in pairs])
 
 
@@ -210,7 +218,35 @@ def _pairs(model: Model) -> Iterator[tuple[torch.Tensor, AdapterBank]]:
         for module in chunk.modules():
             bank = getattr(module, "lora", None)
             if isinstance(bank, AdapterBank):
-                yield module.weight, bank  # type: ignore[misc]
+                yield base_weight(module), bank
+
+
+def _all_banks(model: Model) -> Iterator[Bank]:
+    """Those of linears and those of modules that train whole."""
+    yield from banks(model)
+    for _, copies in copied_modules(model):
+        yield copies
+
+
+def _check_mergeable(model: Model, adapter_name: str) -> None:
+    problems = {
+        f"adapter {adapter_name!r} trains {bank.hf_name} whole: put it on with set_adapter() first"
+        for _, bank in copied_modules(model)
+        if adapter_name in bank.adapters and bank.active != adapter_name
+    }
+    if found := sorted(union_over_stages(problems)):
+        raise ValueError(found[0])
+    check_no_tied_term(model, adapter_name)
+
+
+def check_no_tied_term(model: Model, adapter_name: str) -> None:
+    """Raises ValueError, on every stage alike, for an adapter of a tied embedding: merged, the output layer would get it too."""
+    tied = [chunk for chunk in as_chunks(model) if getattr(chunk, "share_embeddings_and_output_weights", False)]
+    held = {bank.layout.name for bank in banks(tied) if isinstance(bank.adapter(adapter_name), EmbeddingAdapter)}
+    if found := sorted(union_over_stages(held)):
+        raise ValueError(
+            f"{found[0]} is tied to the output layer, which must not get its low-rank term: it cannot be merged"
+        )
 
 
 def _merged(found: Sequence[AdapterBank]) -> set[str]:

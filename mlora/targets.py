@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlora.config import LoraConfig
+from mlora.names import EMBEDDING, OUTPUT_LAYER
 
 # Collects a set of names over the pipeline's stages, so that a stage that holds none of them does not call them unknown.
 Union = Callable[[set[str]], set[str]]
 
-# The output layer cannot be a target; to exclude it is right, though idle.
+# "all-linear" leaves the output layer out, and a tied one is no module of its own; to exclude it is right, though idle.
 _NEVER_ADAPTED: Mapping[str, set[str]] = {"target_modules": set(), "exclude_modules": {"lm_head", "output_layer"}}
 
 
@@ -58,6 +59,11 @@ def matches(path: str, patterns: str | Sequence[str]) -> bool:
     return any(matches_entry(path, entry) for entry in patterns)
 
 
+def matches_saved(path: str, name: str) -> bool:
+    """PEFT's rule for an entry of ``modules_to_save``: the path ends with it, be it within a word ("norm": every norm)."""
+    return path.endswith(name)
+
+
 def matches_pattern_key(path: str, key: str) -> bool:
     """PEFT's rule for a key of ``rank_pattern`` and ``alpha_pattern``."""
     return re.match(rf"(.*\.)?({key})$", path) is not None
@@ -91,6 +97,8 @@ def is_target(projection: Projection, config: LoraConfig) -> bool:
     if config.exclude_modules and any(matches(name, config.exclude_modules) for name in projection.names):
         return False
     everything = config.target_modules == "all-linear"
+    if everything and projection.module.rpartition(".")[2] in (EMBEDDING, OUTPUT_LAYER):
+        return False  # Adapted only where they are named.
     return any(
         (everything or matches(name, config.target_modules)) and _in_layers(name, config) for name in projection.names
     )

@@ -20,10 +20,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
+from mlora.attach import banks
+from mlora.copies import copied_modules
+from mlora.embedding import EmbeddingAdapter
 from mlora.forward import on_device, run_model
 from mlora.objective import MicroBatches, Objective, Totals
 from mlora.sft.objective import Sft
 from parallel.optimizer import allocate_adam_state
+from parallel.stages import union_over_stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,8 @@ class Trainer:
         optimizer, scheduler: Megatron's, for checkpoints.
 
     Raises:
-        ValueError: the model is in float16, which would need a loss scale; or its config does not normalise by tokens.
+        ValueError: the model is in float16, which would need a loss scale; its config does not normalise by tokens; or LoRA+ has no
+            learning rate for what is trained.
     """
 
     def __init__(
@@ -98,6 +103,8 @@ class Trainer:
             raise ValueError(
                 "the model's config must have calculate_per_token_loss: the loss is a mean over target tokens"
             )
+        if settings.lora_plus_ratio != 1.0:
+            _check_lora_plus(self.chunks)
         self.wrapped = _wrap(self.chunks, config)
         self.optimizer = _optimizer(self.wrapped, settings, bf16=config.bf16)
         self.scheduler = OptimizerParamScheduler(
@@ -169,6 +176,21 @@ class Trainer:
             forward_only=forward_only,
         )
         return _sum_over_ranks(reports, self.objective)
+
+
+def _check_lora_plus(chunks: Sequence[torch.nn.Module]) -> None:
+    """Raises ValueError, on every stage alike, where the paper says nothing: on embeddings, and weights without a B."""
+    names = {bank.hf_name for _, bank in copied_modules(chunks)}
+    names |= {
+        bank.layout.name
+        for bank in banks(chunks)
+        if any(isinstance(a, EmbeddingAdapter) for a in bank.adapters.children())
+    }
+    if found := sorted(union_over_stages(names)):
+        raise ValueError(
+            f"lora_plus_ratio gives B another learning rate than A and says nothing of {', '.join(found)}, which trains whole or "
+            f"is an embedding: set it to 1"
+        )
 
 
 def _wrap(chunks: Sequence[torch.nn.Module], config: Any) -> list[Any]:

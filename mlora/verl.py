@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mlora.attach import DEFAULT_ADAPTER, apply
+from mlora.attach import apply
 from mlora.config import LoraConfig
+from mlora.names import DEFAULT_ADAPTER
 from mlora.pretrained import Pretrained
 from mlora.saved import SavedAdapter, load_adapter
 from parallel.together import together

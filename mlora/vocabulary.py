@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 
 from mlora.attention import soft_cap
+from mlora.names import EMBEDDING, OUTPUT_LAYER
 
 _ALIGNMENT = 128  # Megatron's make_vocab_size_divisible_by: whole tiles for each rank's matrix product.
 
@@ -13,6 +15,46 @@ def padded_size(vocab_size: int, tensor: int) -> int:
     """Rows of the embedding at tensor parallel size ``tensor``."""
     multiple = _ALIGNMENT * tensor
     return -(-vocab_size // multiple) * multiple
+
+
+def set_vocabulary(module: torch.nn.Module, vocab_size: int, pad_token: int | None = None) -> None:
+    """Note at an embedding or output layer how many rows of its whole weight are real, and which row gets no gradient."""
+    module._mlora_rows, module._mlora_pad_token = vocab_size, pad_token  # type: ignore[assignment]
+
+
+def real_rows(module: torch.nn.Module) -> int | None:
+    """Rows of the vocabulary without padding; None where nobody has said it, and all rows count as real."""
+    return getattr(module, "_mlora_rows", None)
+
+
+def leave_pad_token(module: torch.nn.Module, parameter: torch.nn.Parameter, dim: int) -> None:
+    """Give an embedding's pad token no gradient: Hugging Face's embeddings have ``padding_idx``, and PEFT's terms heed it.
+
+    Args:
+        module: the embedding; if nobody has said which token it is, nothing happens.
+        parameter: whose ``dim`` holds this rank's tokens.
+    """
+    token: Any = getattr(module, "_mlora_pad_token", None)
+    first: Any = getattr(module, "vocab_start_index", 0)
+    if token is None or not 0 <= token - first < parameter.shape[dim]:
+        return
+
+    def forget(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.select(dim, token - first).zero_()
+
+    # It comes before Megatron's DDP takes the gradient.
+    parameter.register_post_accumulate_grad_hook(forget)  # type: ignore[no-untyped-call]
+
+
+def is_embedding(name: str, module: torch.nn.Module) -> bool:
+    """Whether a module is the input embedding."""
+    return isinstance(module, VocabParallelEmbedding) and name.rpartition(".")[2] == EMBEDDING
+
+
+def is_output_layer(name: str) -> bool:
+    """Whether a module of this name is the output layer."""
+    return name.rpartition(".")[2] == OUTPUT_LAYER
 
 
 class Scale:

@@ -10,10 +10,13 @@ rank's piece of the gate and then its piece of the up projection.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer import TransformerConfig
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
 
 # Class name -> dimension of the weight [out, in] that is cut over the group. Looked up along the class's ancestors, so that
 # Transformer Engine's classes are known without importing it. TELinear says in ``parallel_mode`` what it is.
@@ -148,7 +151,7 @@ def _group(module: torch.nn.Module) -> dist.ProcessGroup:
     raise ValueError(f"{type(module).__name__} names no tensor-parallel group")
 
 
-def fused_rows(name: str, config: TransformerConfig, out_features: int, size: int) -> Iterator[Segment]:
+def fused_rows(name: str, config: "TransformerConfig", out_features: int, size: int) -> Iterator[Segment]:
     """The rows of a whole linear as the pieces of the ``size`` ranks that share them, in order of rank.
 
     Args:
@@ -168,7 +171,7 @@ def fused_rows(name: str, config: TransformerConfig, out_features: int, size: in
         yield Segment(WHOLE, 0, out_features)
 
 
-def _qkv_rows(config: TransformerConfig) -> Iterator[Segment]:
+def _qkv_rows(config: "TransformerConfig") -> Iterator[Segment]:
     groups, heads, width = config.num_query_groups, config.num_attention_heads, config.kv_channels
     assert groups is not None and width is not None
     per_group = heads // groups

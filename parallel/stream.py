@@ -3,6 +3,7 @@
 torch's own writer keeps every tensor until the last is written.
 """
 
+import json
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from parallel.storage import DIRECTORY, PLAIN, naming, write_format
+from parallel.errors import naming
+from parallel.reader import DIRECTORY, FORMAT_FILE, PLAIN
 from parallel.writeback import WriteBack
 
 _FILE = "__0_0.distcp"  # torch's name for the first file of rank 0
@@ -36,8 +38,8 @@ def write_stream(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> N
     """
     directory = Metadata({}, storage_data={})
     with naming(folder), (folder / _FILE).open("xb") as file, WriteBack(file) as write_back:
-        directory.state_dict_metadata[PLAIN.unique_key] = BytesStorageMetadata()
-        directory.storage_data[MetadataIndex(PLAIN.unique_key)] = _append(file, [{}])
+        directory.state_dict_metadata[PLAIN] = BytesStorageMetadata()
+        directory.storage_data[MetadataIndex(PLAIN)] = _append(file, [{}])
         for key, tensor in tensors:
             if key in directory.state_dict_metadata:
                 raise ValueError(f"{folder}: {key} is written twice")
@@ -52,6 +54,12 @@ def write_stream(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> N
     with naming(folder), (folder / DIRECTORY).open("xb") as file:
         pickle.dump(directory, file)
     write_format(folder)
+
+
+def write_format(folder: Path) -> None:
+    """Write the small file by which Megatron knows what the others are."""
+    with naming(folder):
+        (folder / FORMAT_FILE).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
 
 
 def _append(file: BinaryIO, value: Any) -> _StorageInfo:

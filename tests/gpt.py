@@ -14,9 +14,9 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from mlora.adapter import Factor
 from mlora.attach import factors, linear_adapters
 from mlora.dropout import MicroBatch, set_micro_batch
+from mlora.factor import Factor
 from parallel import shards
 from parallel.layout import read_layout
 from parallel.norm import SequenceParallelRMSNorm
@@ -132,9 +132,9 @@ def _fill(chunk: GPTModel) -> None:
 @torch.no_grad()
 def fill_adapter(chunks: Sequence[torch.nn.Module], adapter_name: str = "default") -> None:
     """Give an adapter's factors, B too, and its start values that depend on nothing but their global names."""
-    adapters = linear_adapters(chunks, adapter_name)
-    for factor in (factor for adapter in adapters for factor in (*adapter.factors(), *adapter.start())):
-        factor.parameter.copy_(piece(values(f"{adapter_name} {factor.name}", *factor.shape), factor))
+    starts = [factor for adapter in linear_adapters(chunks, adapter_name) for factor in adapter.start()]
+    for factor in (*factors(chunks, adapter_name), *starts):
+        factor.parameter[factor.inside].copy_(piece(values(f"{adapter_name} {factor.name}", *factor.shape), factor))
 
 
 def piece(whole: torch.Tensor, factor: Factor) -> torch.Tensor:
@@ -194,7 +194,7 @@ def pieces(chunks: Sequence[torch.nn.Module], what: str = "weight", adapter_name
         if what == "grad" and factor.parameter.sequence_parallel:  # type: ignore[attr-defined]
             # What Megatron's finalize step does.
             torch.distributed.all_reduce(tensor, group=parallel_state.get_tensor_model_parallel_group())
-        found[factor.name] = (factor.shape, factor.offset, tensor.cpu())
+        found[factor.name] = (factor.shape, factor.offset, tensor[factor.inside].cpu())
     return found
 
 

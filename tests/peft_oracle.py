@@ -58,10 +58,12 @@ def peft_model(path: Path, lora: LoraConfig, initial: dict[str, torch.Tensor]) -
     ours = ("shared_A", "adapter_dtype", "seed")
     fields = {name: value for name, value in lora.to_dict().items() if name not in ours}
     model = get_peft_model(base, PeftConfig(**fields, task_type="CAUSAL_LM"))
-    assert get_peft_model_state_dict(model).keys() == initial.keys()
+    assert get_peft_model_state_dict(model, save_embedding_layers=False).keys() == initial.keys()
     assert not set_peft_model_state_dict(model, initial).unexpected_keys
     adapted = {
-        name.partition(".layers.")[2]: module for name, module in model.named_modules() if hasattr(module, "lora_A")
+        name.partition(".layers.")[2] or name.rpartition(".")[2]: module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
     }
     if lora.lora_dropout:
         for name, module in adapted.items():
@@ -76,6 +78,8 @@ def peft_model(path: Path, lora: LoraConfig, initial: dict[str, torch.Tensor]) -
 
 def megatron_module(name: str) -> str:
     """``0.self_attn.q_proj`` -> ``decoder.layers.0.self_attention.linear_qkv``."""
+    if name in ("lm_head", "embed_tokens"):
+        return "output_layer" if name == "lm_head" else "embedding.word_embeddings"
     layer, _, leaf = name.partition(".")
     return f"decoder.layers.{layer}.{MEGATRON_MODULES[leaf]}"
 
@@ -114,7 +118,7 @@ def train_with_peft(
         schedule.step()
         run.losses.append(loss.item())
         run.norms.append(float(norm))
-    run.final = _copy(get_peft_model_state_dict(model))
+    run.final = _copy(get_peft_model_state_dict(model, save_embedding_layers=False))
     run.logits_after = _logits(model)
     return run
 
@@ -188,7 +192,10 @@ def _logits(model: Any) -> torch.Tensor:
 
 def _gradients(model: Any) -> dict[str, torch.Tensor]:
     return {
-        name.replace(".default.", ".").replace("magnitude_vector.weight", "magnitude_vector"): parameter.grad.clone()
+        name.replace(".modules_to_save", "")
+        .replace(".default.", ".")
+        .removesuffix(".default")
+        .replace("magnitude_vector.weight", "magnitude_vector"): parameter.grad.clone()
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.requires_grad
     }

@@ -4,7 +4,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,8 @@ MEGATRON_SCRIPTS = {
         "tools/pretrain_gpt_lora.py",
     )
 }
+# The command lines for adapters that run in one process.
+ADAPTER_TOOLS = ("diff_adapters", "export_peft", "import_megatron", "import_peft", "inspect_adapter", "merge_lora")
 NO_NOUNS = {"common", "helper", "helpers", "misc", "util", "utils"}
 MOST_LINES = 330
 
@@ -163,7 +165,7 @@ def test_extras_are_imported_where_they_are_used() -> None:
 
 def files_of(module: str) -> list[Path]:
     """The files that run when a module of ours is imported, its packages' too."""
-    parts = module.split(".")
+    parts = module.replace("mlora_tools", "tools").split(".")
     paths = [Path(*parts[:length], "__init__.py") for length in range(1, len(parts) + 1)]
     return [path for path in [*paths, Path(*parts).with_suffix(".py")] if path in SOURCES]
 
@@ -179,18 +181,30 @@ def names_imported(path: Path) -> set[str]:
     return found
 
 
-def test_the_library_is_imported_without_a_gpus_compiler() -> None:
-    reached: set[Path] = set()
-    waiting = [path for module in mlora.MODULES for path in files_of(module)]
+def imported_with(modules: Iterable[str]) -> dict[Path, set[str]]:
+    """Every file of ours that runs when these modules are imported, and what it imports."""
+    reached: dict[Path, set[str]] = {}
+    waiting = [path for module in modules for path in files_of(module)]
     while waiting:
         path = waiting.pop()
-        if path in reached:
-            continue
-        reached.add(path)
-        for module in names_imported(path):
-            assert root_of(module) not in GPU_ONLY, f"{path} imports {module}, and importing mlora imports {path}"
-            waiting += files_of(module)
+        if path not in reached:
+            reached[path] = names_imported(path)
+            waiting += [file for module in reached[path] for file in files_of(module)]
+    return reached
+
+
+def test_the_library_is_imported_without_a_gpus_compiler() -> None:
+    reached = imported_with(mlora.MODULES)
+    assert [(path, module) for path in reached for module in reached[path] if root_of(module) in GPU_ONLY] == []
     assert Path("mlora/attach.py") in reached and Path("parallel/stages.py") in reached
+
+
+def test_adapters_are_converted_without_megatron() -> None:
+    """It takes seconds to import and warns of what is not installed."""
+    modules = [".".join(path.with_suffix("").parts) for path in of("mlora") if path.parts[1] == "conversion"]
+    reached = imported_with([*modules, *(f"tools.{name}" for name in ADAPTER_TOOLS)])
+    assert [(path, module) for path in reached for module in reached[path] if root_of(module) == "megatron"] == []
+    assert {Path("parallel/reader.py"), Path("parallel/stream.py"), Path("tools/console.py")} <= reached.keys()
 
 
 def test_the_top_level_holds_what_it_may() -> None:

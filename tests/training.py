@@ -15,10 +15,12 @@ from megatron.core import parallel_state
 
 import mlora
 from mlora import LoraConfig
-from mlora.adapter import SHARED
 from mlora.attach import banks, factors
+from mlora.copies import copied_modules
+from mlora.embedding import EmbeddingAdapter
 from mlora.logits import whole_logits
 from mlora.model import build_model
+from mlora.names import SHARED
 from mlora.pretrained import Pretrained
 from mlora.sft.batches import BatchPlan
 from mlora.sft.feed import Feed
@@ -192,7 +194,7 @@ def main_gradients(chunks: Sequence[torch.nn.Module]) -> Pieces:
     if parallel_state.get_data_parallel_world_size() > 1:
         return {}  # The distributed optimizer leaves each rank a part of them.
     return {
-        factor.name: (factor.shape, factor.offset, factor.parameter.main_grad.cpu().clone())  # type: ignore[attr-defined]
+        factor.name: (factor.shape, factor.offset, factor.parameter.main_grad[factor.inside].cpu().clone())  # type: ignore[attr-defined]
         for factor in factors(chunks)
     }
 
@@ -204,6 +206,12 @@ def peft_names(chunks: Sequence[torch.nn.Module]) -> dict[str, list[str]]:
         adapter = bank.adapter("default")
         assert adapter is not None
         for part, hf_name in adapter.hf_names.items():
+            if isinstance(adapter, EmbeddingAdapter):
+                for factor in "AB":
+                    names[f"base_model.model.{hf_name}.lora_embedding_{factor}"] = [
+                        f"{bank.layout.name}.{part}.lora_{factor}"
+                    ]
+                continue
             shared = SHARED if adapter.shares_A else part
             names[f"base_model.model.{hf_name}.lora_A.weight"] = [f"{bank.layout.name}.{shared}.lora_A"]
             names.setdefault(f"base_model.model.{hf_name}.lora_B.weight", []).append(
@@ -212,6 +220,8 @@ def peft_names(chunks: Sequence[torch.nn.Module]) -> dict[str, list[str]]:
             if adapter.uses_dora:
                 magnitudes = names.setdefault(f"base_model.model.{hf_name}.lora_magnitude_vector", [])
                 magnitudes.append(f"{bank.layout.name}.{part}.lora_magnitude_vector")
+    for _, copies in copied_modules(chunks):
+        names[f"base_model.model.{copies.hf_name}.weight"] = [f"{copies.name}.weight"]
     return names
 
 

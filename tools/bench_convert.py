@@ -20,15 +20,16 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from mlora.checkpoint import CONFIG_FILE, INFO_FILE, PREFIX
 from mlora.conversion import open_adapter
 from mlora.conversion.importing import plan_import
 from mlora.conversion.native_writer import write_import
 from mlora.conversion.peft_writer import write_peft
 from mlora.conversion.profiles import peft_adapter
+from mlora.description import CONFIG_FILE, INFO_FILE, PREFIX
 from mlora.pretrained import Pretrained
 from mlora_tools.bench_merge import Shape, make_adapter, measure
-from parallel.storage import Reader, read, write
+from parallel.reader import Reader
+from parallel.storage import read, write
 
 WIDTHS = Shape(hidden=8192, ffn=28672, keys=1024, layers=80)  # Llama-3-70B's
 TINY = Shape(

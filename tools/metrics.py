@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from parallel.storage import naming
+from parallel.errors import naming
 
 _NAMES = {
     "loss": "loss/train",

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlora_tools.resumption import Resumption
 from mlora_tools.run_files import RunFiles
-from parallel.storage import naming
+from parallel.errors import naming
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,12 @@ from typing import Annotated
 
 from mlora_tools.arguments import Layout
 from mlora_tools.failure import one_line_errors
+from mlora_tools.messages import set_up_messages
 from mlora_tools.options import Help, parse
 
 DESCRIPTION = "Write the logits of a base model with the adapter of its newest checkpoint. Start with torchrun."
+
+logger = logging.getLogger("mlora_tools.quickstart_logits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +33,7 @@ class Files:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit code."""
     rank = int(os.environ.get("RANK", 0))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
+    set_up_messages(rank)
     with one_line_errors(rank) as outcome:
         (files, layout), _ = parse((Files, Layout), argv, DESCRIPTION)
         write_logits(files, layout)
@@ -46,7 +46,8 @@ def write_logits(files: Files, layout: Layout) -> None:
     from safetensors.torch import load_file, save_file
 
     import mlora
-    from mlora.checkpoint import CONFIG_FILE, latest_checkpoint, load_checkpoint
+    from mlora.checkpoint import load_checkpoint
+    from mlora.description import CONFIG_FILE, latest_checkpoint
     from mlora.logits import whole_logits
     from mlora.model import build_model
     from mlora.pretrained import Pretrained
@@ -65,7 +66,7 @@ def write_logits(files: Files, layout: Layout) -> None:
         logits = whole_logits(chunks, tokens, base.architecture.vocab_size)
         on_rank_zero(lambda: save_file({"logits": logits.float().cpu()}, files.output))
         if dist.get_rank() == 0:
-            logging.info("logits of %s, float32 %s", checkpoint, list(logits.shape))
+            logger.info("logits of %s, float32 %s", checkpoint, list(logits.shape))
 
 
 if __name__ == "__main__":

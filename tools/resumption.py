@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mlora.checkpoint import Training, load_checkpoint, read_info
+from mlora.checkpoint import Training, load_checkpoint
 from mlora.damage import check_files, newest_first, set_aside
+from mlora.description import read_info
 from mlora.train import Trainer
-from parallel.storage import DamagedError
+from parallel.errors import DamagedError
 from parallel.together import from_rank_zero
 
 logger = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 import mlora
-from mlora.checkpoint import latest_checkpoint, read_info
 from mlora.config import LoraConfig
 from mlora.conversion import open_adapter
 from mlora.conversion.importing import base_projections
 from mlora.conversion.peft_writer import write_peft
 from mlora.conversion.profiles import DTYPES, peft_adapter
+from mlora.description import latest_checkpoint, read_info
 from mlora.model import build_model
 from mlora.objective import DataObjective
 from mlora.pretrained import Pretrained

@@ -10,7 +10,6 @@ import math
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mlora_tools.arguments import Layout
 from mlora_tools.failure import one_line_errors
+from mlora_tools.messages import set_up_messages
 from mlora_tools.options import Help, UsageError, parse
 
 if TYPE_CHECKING:
@@ -118,12 +118,7 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit code."""
     rank = int(os.environ.get("RANK", 0))
-    logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(message)s")
-    if rank == 0:
-        for name in ("mlora", "mlora_tools"):
-            logging.getLogger(name).setLevel(logging.INFO)
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
+    set_up_messages(rank)
     with one_line_errors(rank) as outcome:
         (inputs, layout), _ = parse((Inputs, Layout), argv, DESCRIPTION)
         verify(inputs, layout, rank)
@@ -187,8 +182,9 @@ def attach(state: AdapterState, base: Pretrained, chunks: list[torch.nn.Module])
 
     import mlora
     from mlora.checkpoint import load_checkpoint
-    from mlora.conversion.importing import load_import, plan_import
+    from mlora.conversion.importing import plan_import
     from mlora.description import read_lora_config
+    from mlora.imported import load_import
 
     plan = plan_import(state, base) if state.format == "peft" else None
     config = plan.config if plan else read_lora_config(state.source)

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mlora.checkpoint import INFO_FILE
 from mlora.config import LoraConfig
 from mlora.conversion.native_writer import IMPORTED_FILE, Original, read_original
 from mlora.conversion.peft_writer import PeftAdapter, from_matrix, peft_key, slots
 from mlora.conversion.portable import Request, config_of
 from mlora.conversion.selection import selection
 from mlora.conversion.state import AdapterModule, AdapterState, LazyTensor
+from mlora.description import INFO_FILE
 
 
 def as_is(request: Request) -> PeftAdapter:
@@ -46,6 +46,7 @@ def _trained_config(request: Request) -> dict[str, Any]:
         "use_rslora": config.use_rslora and not config.decomposes,
         "use_dora": config.use_dora,
         "lora_dropout": config.lora_dropout,
+        "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
     }
     return config_of(request, **trained, **selection(modules, request.layer_count))
 

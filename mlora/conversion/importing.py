@@ -1,7 +1,7 @@
 """A PEFT adapter in the words of the library, to go on training at any layout.
 
 Each of its tensors is one of the adapter's matrices, bit for bit. :mod:`mlora.conversion.native_writer` makes a native checkpoint
-of it, in one process; :func:`load_import` fills an attached adapter, on its ranks.
+of it, in one process; :func:`mlora.imported.load_import` fills an attached adapter, on its ranks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,14 @@ from typing import Any
 
 import torch
 
-from mlora.adapter import SHARED, Factor
-from mlora.attach import DEFAULT_ADAPTER, factors
 from mlora.config import LoraConfig
 from mlora.conversion.peft_config import CONFIG_FILE, PeftConfig
 from mlora.conversion.peft_writer import peft_key, slots
 from mlora.conversion.selection import selection
 from mlora.conversion.state import AdapterModule, AdapterState, LazyTensor, refuse
+from mlora.names import SHARED
 from mlora.pretrained import Pretrained
-from mlora.targets import Projection, Target, select
-from parallel.stages import union_over_stages
-from parallel.together import together
+from mlora.targets import Projection, Target, matches_saved, select
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Import:
         base: its base model.
         config: with which :func:`mlora.apply` attaches exactly its modules, with its ranks and scalings.
         targets: its modules.
-        matrices: by the global name that :class:`~mlora.adapter.Factor` has.
+        matrices: by the global name that :class:`~mlora.adapter.Factor` has, modules trained whole among them.
         original: what its ``adapter_config.json`` says.
         keys: by Hugging Face module, its keys for A, B and, with DoRA, the magnitudes.
     """
@@ -60,13 +57,14 @@ def plan_import(state: AdapterState, base: Pretrained) -> Import:
             targets; file, key and rule are named.
     """
     _check_trainable(state)
+    state = _without_base_copies(state, base)
     if any(base.path.glob("*.safetensors")):
         with base.weights():
             pass
     projections = base_projections(base)
     _check_fit(state, projections, base)
     config = _config(state, base)
-    matrices: dict[str, LazyTensor] = {}
+    matrices: dict[str, LazyTensor] = _whole_weights(state, config, base)
     for module in state.modules:
         matrices |= _matrices(module, base)
     targets = tuple(select(projections, config))
@@ -84,7 +82,7 @@ def base_projections(base: Pretrained) -> list[Projection]:
     for parameter, shape in base.family.tensors(base.architecture).items():
         hf_name = parameter.rpartition(".")[0]
         module, parts = base.family.megatron_parts(hf_name)
-        if len(shape) == 2 and module not in ("embedding.word_embeddings", "output_layer"):
+        if len(shape) == 2:
             found += [Projection(module, part, hf_name) for part in parts]
     return found
 
@@ -111,15 +109,54 @@ def _rows(tensor: LazyTensor, first: int, count: int) -> torch.Tensor:
 def _check_trainable(state: AdapterState) -> None:
     if state.format != "peft":
         raise ValueError(f"{state.source} is no PEFT directory, but a {state.layout}: it can be trained as it is")
+
+
+def _without_base_copies(state: AdapterState, base: Pretrained) -> AdapterState:
+    """The adapter without the base weights that PEFT writes along with a targeted embedding, which must be the base's own."""
+    brought = [module for module in state.modules if module.base_weight is not None]
+    if not brought:
+        return state
+    with base.weights() as weights:
+        for module in brought:
+            tensor, name = module.base_weight, f"{module.name}.weight"
+            if tensor is None or weights.shapes.get(name) != tensor.shape:
+                continue  # The module's low-rank term does not fit either.
+            own = weights.read(name, 0, tensor.shape[0])
+            if not torch.equal(own.to(tensor.dtype), tensor.load()):
+                raise ValueError(
+                    f"{tensor.file}: {tensor.key} is not the base's own: base weights cannot be replaced in training"
+                )
+    return replace(state, modules=tuple(replace(module, base_weight=None) for module in state.modules))
+
+
+def _whole_weights(state: AdapterState, config: LoraConfig, base: Pretrained) -> dict[str, LazyTensor]:
+    """The weights of ``modules_to_save`` by their global names."""
+    shapes, names = base.family.tensors(base.architecture), config.modules_to_save or ()
+    wanted = {
+        parameter
+        for parameter in shapes
+        if parameter.endswith(".weight")
+        and any(matches_saved(parameter.removesuffix(".weight"), name) for name in names)
+    }
+    for parameter in sorted(wanted - state.full.keys()):
+        raise ValueError(f"{state.source}: modules_to_save names {parameter}, but the file has no tensor of it")
+    found = {}
     for parameter, tensor in state.full.items():
-        raise ValueError(
-            f"{tensor.file}: {tensor.key} is a whole parameter ({parameter}); only low-rank terms can be trained on"
-        )
-    for module in state.modules:
-        if module.embedding:
-            raise ValueError(f"{module.A.file}: {module.A.key}: embeddings cannot be adapted in training")
-        if (weight := module.base_weight) is not None:
-            raise ValueError(f"{weight.file}: {weight.key}: base weights cannot be replaced in training")
+        module, leaf = parameter.rpartition(".")[::2]
+        where = f"{tensor.file}: {tensor.key}"
+        if parameter not in wanted or leaf != "weight":
+            raise ValueError(f"{where} is a whole parameter ({parameter}) that modules_to_save does not name")
+        if tensor.shape != shapes[parameter]:
+            raise ValueError(
+                f"{where} has shape {list(tensor.shape)}, and in {base.path} it has {list(shapes[parameter])}"
+            )
+        name = base.family.megatron_parts(module)[0]
+        if len(tensor.shape) == 2 and name not in ("embedding.word_embeddings", "output_layer"):
+            raise ValueError(f"{where} is a whole linear ({parameter}); only its low-rank term can be trained on")
+        if len(tensor.shape) == 2 and base.architecture.tied:
+            raise ValueError(f"{where} is tied to another weight in the base, which training it whole would end")
+        found[f"{name}.weight"] = tensor
+    return found
 
 
 def _check_fit(state: AdapterState, projections: Sequence[Projection], base: Pretrained) -> None:
@@ -131,6 +168,13 @@ def _check_fit(state: AdapterState, projections: Sequence[Projection], base: Pre
             exists = weight in shapes or module.name == base.family.hf_name("output_layer")
             rule = "it cannot be adapted in training" if exists else f"{base.path} has no such module"
             raise ValueError(f"{key}: {module.name}: {rule}")
+        is_embedding = module.name == base.family.hf_name("embedding.word_embeddings")
+        if module.embedding != is_embedding:
+            raise ValueError(f"{key}: {module.name} is {'an' if is_embedding else 'no'} embedding in {base.path}")
+        if module.embedding and module.magnitude is not None:
+            raise ValueError(
+                f"{module.magnitude.file}: {module.magnitude.key}: an embedding cannot be trained with DoRA"
+            )
         if module.weight_shape != shapes[weight]:
             raise ValueError(
                 f"{key}: it is for a {module.name} of shape {list(module.weight_shape)}, and that of {base.path} has "
@@ -156,6 +200,7 @@ def _config(state: AdapterState, base: Pretrained) -> LoraConfig:
             use_rslora=peft.use_rslora,
             use_dora=peft.use_dora,
             lora_dropout=state.config.get("lora_dropout", 0.0),
+            modules_to_save=peft.modules_to_save,
             adapter_dtype=_trained_in(dtypes),
         )
     except ValueError as error:
@@ -177,36 +222,3 @@ def _check_same(state: AdapterState, config: LoraConfig, targets: Sequence[Targe
             raise ValueError(
                 f"{state.source}: (rank, scaling) of {name} would be {ours.get(name)}, not {theirs.get(name)}"
             )
-
-
-def load_import(
-    plan: Import, model: torch.nn.Module | Sequence[torch.nn.Module], adapter_name: str = DEFAULT_ADAPTER
-) -> None:
-    """Fill the adapter that :func:`mlora.apply` attached with ``plan.config``, on every rank and at any layout.
-
-    Every rank reads the PEFT file. Load before the optimizer is made: it may keep float32 copies of the parameters.
-
-    Raises:
-        ValueError: another adapter is attached, or a tensor is not finite; on every rank alike, and nothing has changed.
-    """
-    held = list(factors(model, adapter_name))
-    attached = union_over_stages({factor.name for factor in held if factor.name.endswith("lora_A")})
-    wanted = {name for name in plan.matrices if name.endswith("lora_A")}
-    if attached != wanted:
-        raise ValueError(f"{plan.source} and the attached adapter differ in {min(attached ^ wanted)}")
-    pieces = together(lambda: [_piece(plan, factor) for factor in held])
-    with torch.no_grad():
-        for factor, piece in zip(held, pieces, strict=True):
-            factor.parameter.copy_(piece)
-
-
-def _piece(plan: Import, factor: Factor) -> torch.Tensor:
-    tensor = plan.matrices.get(factor.name)
-    if tensor is None:
-        raise ValueError(f"{plan.source} has nothing for {factor.name} of the attached adapter")
-    if tensor.shape != factor.shape:
-        raise ValueError(
-            f"{tensor.file}: {tensor.key} has shape {list(tensor.shape)}, in the model {list(factor.shape)}"
-        )
-    place = zip(factor.offset, factor.parameter.shape, strict=True)
-    return tensor.load()[tuple(slice(first, first + count) for first, count in place)].clone()

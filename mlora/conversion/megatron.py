@@ -30,9 +30,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from megatron.core.transformer import TransformerConfig
 
 from mlora.conversion.importing import base_projections
 from mlora.conversion.megatron_files import MegatronFiles
@@ -113,8 +114,9 @@ class _Source:
         return found
 
     @cached_property
-    def _config(self) -> TransformerConfig:
-        return TransformerConfig(**self.base.architecture.transformer)
+    def _config(self) -> Any:
+        """As much of a ``TransformerConfig`` as the order of rows needs."""
+        return SimpleNamespace(**self.base.architecture.transformer)
 
     @cached_property
     def _shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -1,6 +1,6 @@
 """The files of an adapter checkpoint that another library wrote with Megatron's ``torch_dist``, read in one process without ranks.
 
-Nothing of them can run code (:mod:`parallel.storage`). Megatron stores a tensor of a layer in one of two ways:
+Nothing of them can run code (:mod:`parallel.reader`). Megatron stores a tensor of a layer in one of two ways:
 
 | key | shape | when |
 |---|---|---|
@@ -16,18 +16,16 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mlora.checkpoint import INFO_FILE
 from mlora.conversion.peft import PICKLE_FILE, WEIGHTS_FILE
 from mlora.conversion.peft_config import read_config
 from mlora.conversion.state import LazyTensor
-from parallel.storage import DIRECTORY, Reader
+from mlora.description import INFO_FILE
+from parallel.reader import DIRECTORY, FORMAT_FILE, Reader
 
 logger = logging.getLogger(__name__)
 
-FORMAT_FILE = "metadata.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d+)")
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
@@ -72,20 +70,14 @@ class MegatronFiles:
     def matrix(self, key: str, layer: int | None = None) -> LazyTensor:
         """A tensor [rows, columns], or that of one layer of a tensor [layers, rows, columns]."""
         shape, dtype = self.tensors[key]
-        piece = ShardedTensor(
-            key=key,
-            data=None,
-            dtype=dtype,
-            local_shape=shape if layer is None else (1, *shape[1:]),
-            global_shape=shape,
-            global_offset=(layer or 0, *(0 for _ in shape[1:])),
-            axis_fragmentations=None,
-        )
 
         def read() -> torch.Tensor:
             with self.reader as reader:  # Closes the files when it is left, and opens them again when they are needed.
-                tensor: torch.Tensor = reader.load(piece)
-            return tensor if layer is None else tensor[0]
+                if layer is None:
+                    return reader.tensor(key)
+                out = torch.empty(1, *shape[1:], dtype=dtype)
+                reader.fill(key, out, (layer, *(0 for _ in shape[1:])), shape)
+                return out[0]
 
         name = key if layer is None else f"{key}[{layer}]"
         return LazyTensor(name, self.folder, shape if layer is None else shape[1:], dtype, read)

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from mlora.adapter import SHARED
 from mlora.conversion.importing import Import, plan_import
 from mlora.conversion.state import AdapterState, LazyTensor
+from mlora.names import SHARED
 from mlora.pretrained import Pretrained
 
 

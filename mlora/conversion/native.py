@@ -8,13 +8,20 @@ from typing import Any
 
 import torch
 
-from mlora.adapter import SHARED
-from mlora.checkpoint import CONFIG_FILE, INFO_FILE, PREFIX, checkpoints, latest_checkpoint, read_info
 from mlora.config import decomposes
 from mlora.conversion.peft_config import read_config
 from mlora.conversion.state import AdapterModule, AdapterState, LazyTensor, Report, joined, natural_order
-from mlora.description import is_checkpoint
-from parallel.storage import Reader
+from mlora.description import (
+    CONFIG_FILE,
+    INFO_FILE,
+    PREFIX,
+    checkpoints,
+    is_checkpoint,
+    latest_checkpoint,
+    read_info,
+)
+from mlora.names import EMBEDDING, SHARED
+from parallel.reader import Reader
 
 logger = logging.getLogger(__name__)
 
@@ -48,32 +55,26 @@ def open_native(path: Path, report: Report) -> AdapterState:
         if missing := [key for part in (*keys, *starts) for key in part if key not in tensors]:
             report(f"{checkpoint} lacks {missing[0]}")
             continue
-        As, Bs, *magnitudes = ([tensors[key] for key in same] for same in zip(*keys, strict=True))
-        if problem := _misfit(name, parts, As, Bs, *magnitudes):
-            report(f"{checkpoint}: {problem}")
-            continue
-        rank, scaling = parts[0]["rank"], parts[0]["scaling"]
-        magnitude = joined(magnitudes[0]) if magnitudes else None
-        module = AdapterModule(name, rank, scaling, As[0], joined(Bs), magnitude)
-        if starts:
-            start = AdapterModule(
-                name, rank, scaling, tensors[starts[0][0]], joined([tensors[key] for _, key in starts])
-            )
-            if (shape := start.weight_shape) != module.weight_shape or start.A.shape != module.A.shape:
-                report(
-                    f"{checkpoint}: {start.A.key} and {start.B.key} are for {list(shape)}, not {list(module.weight_shape)}"
-                )
-                continue
-            module = _without_start(module, start)
-        modules.append(module)
+        try:
+            modules.append(_module(name, parts, tensors, keys, starts))
+        except ValueError as error:
+            report(f"{checkpoint}: {error}")
+    full = {}
+    for module, name in _saved(info, checkpoint / INFO_FILE).items():
+        key = f"{module}.weight"
+        used.add(key)
+        if key in tensors:
+            full[f"{name}.weight"] = tensors[key]
+        else:
+            report(f"{checkpoint} lacks {key}")
     for key in sorted(tensors.keys() - used):
-        report(f"{checkpoint} holds {key}, which no projection of its {INFO_FILE} accounts for")
+        report(f"{checkpoint} holds {key}, which nothing in its {INFO_FILE} accounts for")
     return AdapterState(
         source=checkpoint,
         format="mlora",
         layout=_layout(info),
         modules=tuple(sorted(modules, key=lambda module: natural_order(module.name))),
-        full={},
+        full={name: full[name] for name in sorted(full, key=natural_order)},
         config=config,
     )
 
@@ -85,6 +86,42 @@ def _projections(info: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in fields.items()):
             raise ValueError(f"{path}: its projections are incomplete: {row}")
     return list(info["projections"])
+
+
+def _saved(info: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """Megatron module -> Hugging Face module of each weight that is saved whole."""
+    rows = info.get("modules_to_save", [])
+    for row in rows if isinstance(rows, list) else [None]:
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("module", "hf_name")):
+            raise ValueError(f"{path}: its modules saved whole are incomplete: {row}")
+    return {row["module"]: row["hf_name"] for row in rows}
+
+
+def _module(
+    name: str,
+    parts: list[dict[str, Any]],
+    tensors: Mapping[str, LazyTensor],
+    keys: Sequence[Sequence[str]],
+    starts: Sequence[tuple[str, str]],
+) -> AdapterModule:
+    """A Hugging Face module from its projections, their keys and, if the adapter keeps its start, the keys of that.
+
+    Raises:
+        ValueError: the tensors are not those of one module.
+    """
+    As, Bs, *magnitudes = ([tensors[key] for key in same] for same in zip(*keys, strict=True))
+    if problem := _misfit(name, parts, As, Bs, *magnitudes):
+        raise ValueError(problem)
+    rank, scaling = parts[0]["rank"], parts[0]["scaling"]
+    magnitude = joined(magnitudes[0]) if magnitudes else None
+    embedding = parts[0]["module"].rpartition(".")[2] == EMBEDDING
+    module = AdapterModule(name, rank, scaling, As[0], joined(Bs), magnitude, embedding)
+    if not starts:
+        return module
+    start = AdapterModule(name, rank, scaling, tensors[starts[0][0]], joined([tensors[key] for _, key in starts]))
+    if (shape := start.weight_shape) != module.weight_shape or start.A.shape != module.A.shape:
+        raise ValueError(f"{start.A.key} and {start.B.key} are for {list(shape)}, not {list(module.weight_shape)}")
+    return _without_start(module, start)
 
 
 def _by_hf_module(projections: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from mlora.attach import DEFAULT_ADAPTER
-from mlora.checkpoint import CONFIG_FILE, FORMAT, INFO_FILE, PREFIX
 from mlora.conversion.importing import Import
 from mlora.conversion.output import new_directory
 from mlora.conversion.peft_config import read_config
-from parallel.storage import Reader, naming
+from mlora.description import CONFIG_FILE, FORMAT, INFO_FILE, PREFIX
+from mlora.names import DEFAULT_ADAPTER
+from parallel.errors import naming
+from parallel.reader import Reader
 from parallel.stream import write_stream
 
 IMPORTED_FILE = "imported.json"
@@ -90,6 +91,10 @@ def _info(plan: Import) -> dict[str, Any]:
         "base": {"path": str(plan.base.path), "model_type": plan.base.family.model_type},
         "layers": plan.base.architecture.counts["layer"],
         "projections": rows,
+        "modules_to_save": [
+            {"module": module, "hf_name": plan.base.family.hf_name(module)}
+            for module in sorted(name.removesuffix(".weight") for name in plan.matrices if name.endswith(".weight"))
+        ],
         "versions": {name: version(name) for name in ("torch", "megatron-core")},
         "training": False,
     }

@@ -15,7 +15,7 @@ from mlora.conversion.peft_config import CONFIG_FILE
 from mlora.conversion.safetensors_file import SafetensorsFile
 from mlora.conversion.state import AdapterModule, LazyTensor, is_finite
 from mlora.tensor_file import write_tensors
-from parallel.storage import naming
+from parallel.errors import naming
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from mlora.checkpoint import read_info
 from mlora.conversion.exact import as_is
 from mlora.conversion.experts import peft_v5, vllm_3d
 from mlora.conversion.peft_writer import PeftAdapter
 from mlora.conversion.portable import Request, portable
 from mlora.conversion.sglang import sglang
 from mlora.conversion.state import AdapterState
+from mlora.description import read_info
 from mlora.pretrained import Pretrained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -177,6 +177,11 @@ class AdapterState:
         return {module.name: module for module in self.modules}
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is nothing but low-rank terms on linears, which every reader knows."""
+        return not self.full and not self.uses_dora and not any(module.embedding for module in self.modules)
+
+    @property
     def uses_dora(self) -> bool:
         """Whether any module has a DoRA magnitude."""
         return any(module.magnitude is not None for module in self.modules)

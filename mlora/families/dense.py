@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "rope_scaling": None,
     "rope_parameters": None,
     "partial_rotary_factor": None,
+    "pad_token_id": None,
 }
 
 PRE_NORM = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
@@ -147,7 +148,18 @@ def read_dense(
         max_position_embeddings=keys.integer("max_position_embeddings"),
         rope=rope(keys, width),
         windows=windows or (None,) * layers,
+        pad_token=_pad_token(keys, vocab),
     )
+
+
+def _pad_token(keys: ConfigKeys, vocab: int) -> int | None:
+    """Counted from the end if it is negative, as torch does."""
+    token = keys.take("pad_token_id")
+    if token is None:
+        return None
+    if isinstance(token, bool) or not isinstance(token, int) or not -vocab <= token < vocab:
+        raise keys.error("pad_token_id", f"is none of the {vocab} rows of the embedding")
+    return token % vocab
 
 
 def read_window(keys: ConfigKeys) -> tuple[int | None, ...]:

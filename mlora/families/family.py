@@ -45,6 +45,7 @@ class Architecture:
         biased: last parts of the Megatron modules whose Hugging Face modules have a bias.
         vocab_size: rows of the embedding.
         tied: the output layer uses the embedding's weight.
+        pad_token: row of the embedding that gets no gradient where the others train; None for none.
         max_position_embeddings: longest sequence that the checkpoint was made for.
         rope: the rotary embedding.
         windows: of each layer, how many tokens a token sees, itself included; None for all that are before it.
@@ -66,6 +67,7 @@ class Architecture:
     embedding_scale: float = 1.0
     attention_cap: float | None = None
     logit_cap: float | None = None
+    pad_token: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

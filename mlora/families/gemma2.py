@@ -19,6 +19,7 @@ GEMMA_DEFAULTS: dict[str, Any] = {key: value for key, value in DEFAULTS.items() 
     "sliding_window": 4096,
     "layer_types": None,
     "use_bidirectional_attention": None,
+    "pad_token_id": 0,
 }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 # Tokens, generation, files, training recipes and outputs: the logits of given tokens do not depend on them.
 DESCRIPTIVE = frozenset({
     "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "name_or_path", "task_specific_params",
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class",
+    "bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class",
     "prefix", "id2label", "label2id", "num_labels", "finetuning_task", "problem_type", "language", "license", "tags",
     "use_cache", "cache_implementation", "use_return_dict", "return_dict", "output_attentions", "output_hidden_states",
     "return_dict_in_generate", "output_scores", "torchscript", "use_bfloat16", "initializer_range", "initializer_factor",

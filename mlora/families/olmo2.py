@@ -14,7 +14,13 @@ OLMO2 = Family(
     model_type="olmo2",
     architectures=("Olmo2ForCausalLM",),
     defaults=DEFAULTS
-    | {"head_dim": None, "attention_bias": False, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+    | {
+        "head_dim": None,
+        "attention_bias": False,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+        "pad_token_id": 1,
+    },
     modules=dense_modules(norms=POST_NORM, qk_norm=("query", "key")),
     read=_read,
 )

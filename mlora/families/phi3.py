@@ -36,6 +36,7 @@ PHI3 = Family(
         "sliding_window": None,
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
+        "pad_token_id": 32000,
     },
     modules=dense_modules(fused=True),
     read=_read,

@@ -1,19 +1,22 @@
 """Model chunks whose sharded checkpoints hold the adapter alone, as Megatron's own saving and loading calls them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.nn.modules.module import _IncompatibleKeys
 
-from mlora.adapter import Factor
-from mlora.attach import DEFAULT_ADAPTER, banks
-from mlora.checkpoint import PREFIX, adapter_config, describe, sharded_tensors
-from mlora.description import INSIDE
+from mlora.attach import banks
+from mlora.checkpoint import adapter_config, describe, sharded_tensors
+from mlora.copies import copied_modules
+from mlora.description import INSIDE as DESCRIPTION
+from mlora.description import PREFIX
+from mlora.factor import Factor
+from mlora.names import DEFAULT_ADAPTER, EMBEDDING, OUTPUT_LAYER
+from parallel.stages import union_over_stages
 
-DESCRIPTION = INSIDE.key
 _classes: dict[type, type] = {}
 
 
@@ -28,7 +31,7 @@ class AdapterChunk:
         state: dict[str, Any] = sharded_tensors(_saved(self))
         if self._mlora_is_first:  # type: ignore[attr-defined]
             facts = self._mlora_description  # type: ignore[attr-defined]
-            state[DESCRIPTION] = replace(INSIDE, data=facts, replica_id=_replica())
+            state[DESCRIPTION] = ShardedObject(DESCRIPTION, facts, (1,), (0,), replica_id=_replica())
         return {prefix + key: piece for key, piece in state.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +61,11 @@ def save_adapter_only(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
 
     Returns:
         Plain facts of the adapter over all stages: a native checkpoint's ``mlora.json``, and the configuration as ``lora``.
+
+    Raises:
+        ValueError: the embedding or the output layer is adapted or trains whole.
     """
+    _check_no_vocabulary(chunks)
     info = describe(chunks, DEFAULT_ADAPTER, iteration=0, base=None)
     facts = {**info, "training": False, "lora": adapter_config(chunks).to_dict()}
     for number, chunk in enumerate(chunks):
@@ -103,6 +110,18 @@ def _saved(chunk: Any) -> Iterator[Factor]:
         if adapter is not None:
             yield from adapter.factors()
             yield from adapter.start()
+    for module, copies in copied_modules(chunk):
+        yield from copies.factors(DEFAULT_ADAPTER, module)
+
+
+def _check_no_vocabulary(chunks: Sequence[torch.nn.Module]) -> None:
+    names = {bank.layout.name for bank in banks(chunks)} | {copies.name for _, copies in copied_modules(chunks)}
+    of_vocabulary = {name for name in names if name.rpartition(".")[2] in (EMBEDDING, OUTPUT_LAYER)}
+    if found := sorted(union_over_stages(of_vocabulary)):
+        raise ValueError(
+            f"{found[0]}: Megatron's scripts pad the vocabulary, and their checkpoints do not say which rows are real: it can be "
+            f"trained with mlora-finetune only"
+        )
 
 
 def _replica() -> tuple[int, int, int]:

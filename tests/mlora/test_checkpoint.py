@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 import mlora
 from mlora import LoraConfig
 from mlora.attach import factors, linear_adapters
-from mlora.checkpoint import PREFIX, checkpoints, latest_checkpoint, load_checkpoint, read_info, save_checkpoint
+from mlora.checkpoint import load_checkpoint, save_checkpoint
+from mlora.description import PREFIX, checkpoints, latest_checkpoint, read_info
 from mlora.export import export_peft
+from parallel.reader import Reader
 from parallel.sizes import ParallelSizes
-from parallel.storage import Reader
 from tests import gpt
 from tests.ranks import run_ranks
 

@@ -70,6 +70,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("init_lora_weights", 1, "init_lora_weights is 1"),
     ("init_lora_weights", None, "init_lora_weights is None"),
     ("bias", "all", "bias is 'all'; only \"none\" is supported"),
+    ("modules_to_save", "norm", "modules_to_save is 'norm'; give a list of names"),
+    ("modules_to_save", [1], "modules_to_save holds 1"),
     ("adapter_dtype", "int8", "adapter_dtype is 'int8'; it can be one of float32, bfloat16, float16, float64, or null"),
     ("adapter_dtype", torch.int8, "adapter_dtype is torch.int8"),
     ("seed", 1.0, "seed is 1.0; it must be a whole number"),
@@ -196,6 +198,7 @@ PEFT_CASES: list[dict[str, Any]] = [
     {"target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_4"},
     {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
     {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q": 0.5}},
+    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "norm"]},
     {"target_modules": ["q_proj"], "use_dora": True, "rank_pattern": None, "alpha_pattern": None, "layers_to_transform": None},
 ]  # fmt: skip
 
@@ -209,7 +212,7 @@ def test_peft_files_and_dictionaries_are_read(values: dict[str, Any], tmp_path: 
             assert getattr(ours, name) == getattr(theirs, name), name
         for name in ("rank_pattern", "alpha_pattern"):
             assert getattr(ours, name) == (getattr(theirs, name) or {}), name
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
             assert _plain(getattr(ours, name)) == _plain(getattr(theirs, name)), name
 
 
@@ -234,7 +237,6 @@ def test_every_field_that_peft_writes_is_known(tmp_path: Path) -> None:
 
 
 UNSUPPORTED: list[tuple[str, Any, str]] = [
-    ("modules_to_save", ["lm_head"], "modules_to_save = ['lm_head'] is not supported; it must be None"),
     ("target_parameters", ["experts.down_proj"], "target_parameters = ['experts.down_proj'] is not supported"),
     ("trainable_token_indices", [5], "trainable_token_indices = [5] is not supported"),
     ("layer_replication", [[0, 4]], "layer_replication = [[0, 4]] is not supported"),

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from mlora.checkpoint import INFO_FILE, checkpoints, save_checkpoint
+from mlora.checkpoint import save_checkpoint
 from mlora.damage import check_files, newest_first, set_aside
-from parallel.storage import DamagedError
+from mlora.description import INFO_FILE, checkpoints
+from parallel.errors import DamagedError
 from tests.mlora.test_failures import PP2, _model
 from tests.ranks import run_ranks
 

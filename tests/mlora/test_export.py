@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 import mlora
 from mlora import LoraConfig
 from mlora.attach import factors
-from mlora.checkpoint import INFO_FILE, load_checkpoint, save_checkpoint
+from mlora.checkpoint import load_checkpoint, save_checkpoint
 from mlora.conversion import peft_writer
 from mlora.conversion.peft import WEIGHTS_FILE
 from mlora.conversion.peft_config import CONFIG_FILE
+from mlora.description import INFO_FILE
 from mlora.export import export_peft
 from mlora.model import build_model
 from mlora.pretrained import Pretrained
@@ -283,10 +284,10 @@ def test_damaged_information_is_refused(exported: dict[str, Exported], tmp_path:
     info = json.loads((source / INFO_FILE).read_text())
     for number, (change, words) in enumerate(
         [
-            ({"projections": []}, "which no projection of its mlora.json accounts for"),
+            ({"projections": []}, "which nothing in its mlora.json accounts for"),
             ({"projections": [{"module": "m"}]}, "projections are incomplete"),
             ({"projections": None}, "projections are incomplete"),
-            ({"projections": info["projections"][:-1]}, "which no projection of its mlora.json accounts for"),
+            ({"projections": info["projections"][:-1]}, "which nothing in its mlora.json accounts for"),
             ({"format": 9}, "format 9"),
         ]
     ):

@@ -23,14 +23,8 @@ import torch
 import mlora
 from mlora import LoraConfig
 from mlora.attach import factors
-from mlora.checkpoint import (
-    INFO_FILE,
-    adapter_sharded_state,
-    checkpoints,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from mlora.checkpoint import adapter_sharded_state, load_checkpoint, save_checkpoint
+from mlora.description import INFO_FILE, checkpoints, latest_checkpoint
 from parallel.sizes import ParallelSizes
 from parallel.storage import write
 from tests import gpt

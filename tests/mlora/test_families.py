@@ -34,6 +34,7 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
 }
+NO_PAD = {"pad_token_id": None}  # Phi 3's own is beyond the small vocabulary.
 
 
 def config_json(kind: str) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def test_names_lead_there_and_back(family: Family) -> None:
 
 def test_rows_of_fused_modules() -> None:
     """Phi 3's ``qkv_proj`` holds q, k and v one after the other, and ``gate_up_proj`` gate and up."""
-    architecture, layer = PHI3.architecture(SHAPE), "decoder.layers.2"
+    architecture, layer = PHI3.architecture(SHAPE | NO_PAD), "decoder.layers.2"
     qkv, fc1 = f"{layer}.self_attention.linear_qkv", f"{layer}.mlp.linear_fc1"
     assert PHI3.hf_name(qkv, "k") == PHI3.hf_name(qkv, "v") == "model.layers.2.self_attn.qkv_proj"
     assert PHI3.megatron_parts("model.layers.2.self_attn.qkv_proj") == (qkv, ("q", "k", "v"))
@@ -228,6 +229,8 @@ REFUSED: list[tuple[Family, dict[str, Any], str]] = [
     (LLAMA, {"head_dim": "wide"}, "head_dim = 'wide' is not a whole number"),
     (LLAMA, {"architectures": 7}, "architectures = 7"),
     (LLAMA, {"rms_norm_eps": 0}, "rms_norm_eps = 0"),
+    (LLAMA, {"pad_token_id": 101}, "pad_token_id = 101 is none of the 101 rows of the embedding"),
+    (PHI3, {"pad_token_id": [0]}, r"pad_token_id = \[0\] is none of the 101 rows"),
     (LLAMA, {"sliding_window": 64}, "sliding_window = 64 is not known"),
     (LLAMA, longrope(), r"rope_scaling = .*'longrope'; supported are default, linear, llama3"),
     (PHI3, {"rope_scaling": {"type": ["default"]}}, r"has the type \['default'\]"),
@@ -288,9 +291,9 @@ REFUSED: list[tuple[Family, dict[str, Any], str]] = [
     ("family", "changes", "message"), REFUSED, ids=lambda value: str(value) if isinstance(value, dict) else ""
 )
 def test_what_cannot_be_represented_is_refused(family: Family, changes: dict[str, Any], message: str) -> None:
-    family.architecture(SHAPE)
+    family.architecture(SHAPE | NO_PAD)
     with pytest.raises(ValueError, match=rf"^here/config\.json: .*{message}"):
-        family.architecture(SHAPE | changes, "here/config.json")
+        family.architecture(SHAPE | NO_PAD | changes, "here/config.json")
 
 
 @pytest.mark.parametrize("key", SHAPE)
@@ -323,9 +326,19 @@ def test_an_unknown_model_type_is_refused(model_type: str | None) -> None:
         find_family({"model_type": model_type}, "x/config.json")
 
 
+def test_pad_token() -> None:
+    """As torch's embedding takes it, which counts from the end too."""
+    values = {LLAMA: None, GEMMA2: 0, GEMMA3: 0, OLMO2: 1}
+    assert {family: family.architecture(SHAPE).pad_token for family in values} == values
+    for given, row in ((0, 0), (7, 7), (-1, 100), (-101, 0)):
+        assert LLAMA.architecture(SHAPE | {"pad_token_id": given}).pad_token == row
+        embedding = torch.nn.Embedding(101, 1, padding_idx=given)
+        assert embedding.padding_idx == row
+
+
 def test_windows() -> None:
     def windows(family: Family, **keys: Any) -> list[int | None]:
-        return list(family.architecture(SHAPE | keys).windows)
+        return list(family.architecture(SHAPE | NO_PAD | keys).windows)
 
     none = [None] * 4
     assert windows(LLAMA) == none
@@ -347,7 +360,7 @@ def test_windows() -> None:
 
 def test_longrope() -> None:
     def rope(**keys: Any) -> Rope:
-        return PHI3.architecture(SHAPE | keys).rope
+        return PHI3.architecture(SHAPE | NO_PAD | keys).rope
 
     assert rope() == Rope(10000.0, "default", {})
     parameters = {"short_factor": (1.0, 1.5), "original_max_position_embeddings": 32}
@@ -388,7 +401,7 @@ def test_published_configurations_are_read() -> None:
     phi3 = {"architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "embd_pdrop": 0.0,
             "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
             "original_max_position_embeddings": 4096, "resid_pdrop": 0.0, "rope_scaling": None, "rope_theta": 10000.0,
-            "sliding_window": 2047, "hidden_act": "silu"}  # fmt: skip
+            "sliding_window": 2047, "hidden_act": "silu", "pad_token_id": 32000, "vocab_size": 32064}  # fmt: skip
     phi4_mini = {**phi3, "sliding_window": 262144, "partial_rotary_factor": 0.75, "max_position_embeddings": 131072,
                  "head_dim": 128, "tie_word_embeddings": True, "full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False,
                  "rope_scaling": {"type": "longrope", "long_factor": [1.0] * 48, "short_factor": [1.0] * 48}}  # fmt: skip

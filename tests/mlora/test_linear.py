@@ -15,10 +15,10 @@ from megatron.core.transformer import TransformerConfig
 
 import mlora
 from mlora import LoraConfig, linear
-from mlora.adapter import SHARED
 from mlora.attach import banks, factors, linear_adapters
 from mlora.config import decomposes
 from mlora.dropout import Dropout, MicroBatch, set_micro_batch
+from mlora.names import SHARED
 from parallel import collectives, shards
 from parallel.layout import LinearLayout, read_layout
 from parallel.sizes import ParallelSizes

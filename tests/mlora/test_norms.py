@@ -8,9 +8,10 @@ import torch
 
 import mlora
 from mlora import LoraConfig
-from mlora.adapter import SHARED
 from mlora.attach import linear_adapters
 from mlora.bank import AdapterBank
+from mlora.embedding import EmbeddingLora
+from mlora.names import SHARED
 from mlora.norms import Norms, adapter_norms
 from parallel import shards
 from parallel.ledger import Ledger
@@ -24,6 +25,7 @@ CONFIGS = {
     "lora": LoraConfig(r=3, lora_alpha=5, target_modules=LINEARS, rank_pattern={"k_proj": 5}),
     "shared A": LoraConfig(r=3, target_modules="all-linear", shared_A=True),
     "dora": LoraConfig(r=2, target_modules=LINEARS, use_dora=True),
+    "ends": LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "embed_tokens", "lm_head"]),
     "pissa": LoraConfig(r=2, lora_alpha=3, target_modules=LINEARS, init_lora_weights="pissa"),
 }
 LAYOUTS = {
@@ -61,10 +63,12 @@ def expected(rank: int, changes: dict[str, Any]) -> Found:
             if not isinstance(bank, AdapterBank):
                 continue
             adapter: Any = bank.adapter("default")
-            delta = adapter.delta()
+            is_embedding = isinstance(module, EmbeddingLora)
+            weight: Any = module.weight.T if is_embedding else module.weight  # type: ignore[operator]
+            delta = adapter.delta().T if is_embedding else adapter.delta()
             for part in adapter.parts:
                 A, B = adapter.lora_A[SHARED if adapter.shares_A else part], adapter.lora_B[part]
-                W = shards.join([adapter.layout], [module.weight], part)  # type: ignore[list-item]
+                W = shards.join([adapter.layout], [weight], part)
                 matrices = {"A": A, "B": B, "BA": delta[adapter.layout.output_index(part)], "W": W}
                 result[name][adapter.hf_names[part]] = {key: float(matrix.norm()) for key, matrix in matrices.items()}
     return result
@@ -78,7 +82,7 @@ def test_norms_are_those_of_the_whole_matrices(layout: str) -> None:
     assert all(found == ranks[0] for found in ranks)
     for name, norms in wanted.items():
         assert ranks[0][name].keys() == norms.keys()
-        assert len(norms) == gpt.LAYERS * (7 if name == "shared A" else 6)
+        assert len(norms) == {"shared A": 7 * gpt.LAYERS, "ends": gpt.LAYERS + 2}.get(name, 6 * gpt.LAYERS)
         for projection, values in norms.items():
             assert ranks[0][name][projection] == pytest.approx(values, rel=1e-10), (name, projection)
     assert {"model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"} <= ranks[0]["lora"].keys()

@@ -18,10 +18,11 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 import mlora
 from mlora import LoraConfig
-from mlora.checkpoint import Training, latest_checkpoint, load_checkpoint, save_checkpoint
+from mlora.checkpoint import Training, load_checkpoint, save_checkpoint
+from mlora.description import latest_checkpoint
 from mlora.train import OptimizerSettings, Trainer
+from parallel.reader import Reader
 from parallel.sizes import ParallelSizes
-from parallel.storage import Reader
 from tests import gpt
 from tests.ranks import run_ranks
 

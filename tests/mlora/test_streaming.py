@@ -47,13 +47,23 @@ CASES = {
     "fused": Case("phi3", LoraConfig(r=3, target_modules=["qkv_proj", "o_proj"]), torch.bfloat16),
     "tied": Case("gemma2", LoraConfig(r=2, shared_A=True)),
     "norms": Case("olmo2", LoraConfig(r=2, lora_alpha=3, adapter_dtype=torch.float32), torch.bfloat16),
-    "pissa": Case("mistral", LoraConfig(r=2, init_lora_weights="pissa")),
+    "pissa": Case(
+        "mistral", LoraConfig(r=2, init_lora_weights="pissa", target_modules=["k_proj", "up_proj", "lm_head"])
+    ),
+    "ends": Case("qwen2", LoraConfig(r=3, target_modules=["q_proj", "embed_tokens", "lm_head"])),
+    "whole": Case(
+        "llama", LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["embed_tokens", "lm_head", "norm"])
+    ),
+    "both": Case(
+        "qwen3",
+        LoraConfig(r=2, target_modules=["v_proj", "lm_head"], use_dora=True, modules_to_save=["embed_tokens"]),
+    ),
 }
 LAYOUTS = {
-    "TP1": (1, ParallelSizes(), ("lora", "pissa")),
+    "TP1": (1, ParallelSizes(), ("lora", "pissa", "ends", "whole")),
     "TP2+SP": (2, ParallelSizes(tensor=2, sequence_parallel=True), tuple(CASES)),
     "PP2xVPP2": (2, ParallelSizes(pipeline=2, virtual_pipeline=2), ("some", "dora", "tied")),
-    "TP2xPP2": (4, ParallelSizes(tensor=2, pipeline=2), ("lora", "dora", "fused", "tied")),
+    "TP2xPP2": (4, ParallelSizes(tensor=2, pipeline=2), ("lora", "dora", "fused", "tied", "ends", "whole", "both")),
     "TP4": (4, ParallelSizes(tensor=4), ("lora", "norms")),  # of two query groups
     "DP2": (2, ParallelSizes(), ("some",)),
 }

@@ -12,8 +12,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 
+from parallel.reader import Reader
 from parallel.sizes import ParallelSizes
-from parallel.storage import Reader, read, write
+from parallel.storage import read, write
 from parallel.stream import write_stream
 from tests.ranks import run_ranks
 

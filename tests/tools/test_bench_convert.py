@@ -11,7 +11,7 @@ from mlora.conversion.difference import compare
 from mlora_tools import bench_convert, bench_merge
 from mlora_tools.bench_convert import Layout, largest_group, main, make
 from mlora_tools.bench_merge import Shape
-from parallel.storage import Reader
+from parallel.reader import Reader
 
 SHAPE = Shape(hidden=256, ffn=96, keys=128, layers=4)
 

@@ -2,13 +2,17 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
 from mlora_tools import console
+from tests.mlora.conversion.adapters import tensors_of, write_adapter
+from tests.test_rooms import ADAPTER_TOOLS, ROOT
 
 
 def _raising(error: BaseException) -> Callable[[Sequence[str] | None], int]:
@@ -64,3 +68,25 @@ def test_there_is_no_bar_without_tqdm_and_a_terminal_is_told(
         advance(50)
     said = "merging: no progress bar, because tqdm is not installed\n" if is_terminal else ""
     assert capsys.readouterr().err == said
+
+
+def test_the_tools_for_adapters_run_without_megatron(tmp_path: Path) -> None:
+    """It takes seconds to import and warns of what is not installed."""
+    module = ("model.layers.0.self_attn.q_proj", 2, 8, 8)
+    write_adapter(tmp_path / "peft", tensors_of(module), target_modules=[module[0]])
+    script = f"""
+import sys, importlib
+def code(name, argv):
+    try:
+        return importlib.import_module("mlora_tools." + name).main(argv)
+    except SystemExit as exit:
+        return exit.code
+for name in {ADAPTER_TOOLS}:
+    assert code(name, ["--help"]) == 0, name
+assert code("inspect_adapter", [{str(tmp_path / "peft")!r}]) == 0
+assert code("diff_adapters", [{str(tmp_path / "peft")!r}] * 2) == 0
+print([name for name in sys.modules if name.startswith("megatron")])
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mlora_tools.output import Output, model_digest, versions
-from parallel.storage import DamagedError
+from parallel.errors import DamagedError
 
 
 def with_checkpoint(path: Path, settings: dict[str, Any]) -> Output:

@@ -13,8 +13,8 @@ import pytest
 import transformers  # noqa: F401  # Imported once here, not in every forked rank.
 
 import mlora_tools.run  # noqa: F401  # Likewise.
-from mlora.checkpoint import checkpoints, latest_checkpoint
-from parallel.storage import Reader
+from mlora.description import checkpoints, latest_checkpoint
+from parallel.reader import Reader
 from tests.tools.killed import arm
 from tests.tools.runs import Ranks, metrics, run, write_base, write_pairs
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from mlora.conversion import importing, open_adapter
+from mlora import imported
+from mlora.conversion import open_adapter
 from mlora.conversion.importing import plan_import
 from mlora.conversion.merge import merge
 from mlora.conversion.native_writer import write_import
@@ -78,6 +79,7 @@ def test_a_native_checkpoint_at_four_ranks(files: Files, tmp_path: Path) -> None
     assert len(rows) == 4 and "'A longer one, of several words.'" in said
     for difference, effect in rows:
         assert difference < 1e-5 * effect and effect > 0.1
+    assert [rank.text for rank in ranks[1:]] == [""] * 3
 
 
 @pytest.mark.parametrize("against", ["peft", "merged"])
@@ -102,7 +104,7 @@ def test_an_adapter_that_does_nothing_fails(files: Files, tmp_path: Path) -> Non
 
 
 def _load_nothing() -> None:
-    importing.load_import = lambda plan, model: None
+    imported.load_import = lambda plan, model: None
 
 
 def test_an_adapter_that_is_not_loaded_here_fails(files: Files, tmp_path: Path) -> None:

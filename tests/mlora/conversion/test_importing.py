@@ -15,10 +15,11 @@ from mlora.attach import banks
 from mlora.checkpoint import load_checkpoint, save_checkpoint
 from mlora.conversion import open_adapter
 from mlora.conversion.difference import compare
-from mlora.conversion.importing import load_import, plan_import
+from mlora.conversion.importing import plan_import
 from mlora.conversion.native_writer import IMPORTED_FILE, write_import
 from mlora.conversion.peft_writer import write_peft
 from mlora.conversion.profiles import peft_adapter
+from mlora.imported import load_import
 from mlora.logits import whole_logits
 from mlora.model import build_model
 from mlora.pretrained import Pretrained

@@ -11,10 +11,11 @@ import torch
 import mlora
 from mlora import LoraConfig
 from mlora.attach import factors
-from mlora.checkpoint import INFO_FILE, PREFIX, save_checkpoint
+from mlora.checkpoint import save_checkpoint
 from mlora.conversion import open_adapter
 from mlora.conversion.difference import compare
 from mlora.conversion.merge import merge
+from mlora.description import INFO_FILE, PREFIX
 from mlora.export import export_peft
 from mlora.model import build_model
 from mlora.pretrained import Pretrained

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 
 import mlora
 from mlora import LoraConfig
-from mlora.checkpoint import INFO_FILE, load_checkpoint, read_info, save_checkpoint
+from mlora.checkpoint import load_checkpoint, save_checkpoint
 from mlora.conversion import native_writer, open_adapter
 from mlora.conversion.difference import compare
 from mlora.conversion.importing import Import, plan_import
 from mlora.conversion.native_writer import IMPORTED_FILE, read_original, write_import
 from mlora.conversion.peft_writer import write_peft
 from mlora.conversion.profiles import peft_adapter
+from mlora.description import INFO_FILE, read_info
 from mlora.model import build_model
 from mlora.pretrained import Pretrained
 from parallel.sizes import ParallelSizes
@@ -239,25 +240,34 @@ BAD: dict[str, tuple[Change, str]] = {
         r"targets model\.layers\.1\.self_attn\.q_proj, but the file has no",
     ),
     "no lm_head": (lambda t, c: c.update(target_modules=[Q0, V0, "lm_head"]), "targets lm_head, but the file has no"),
-    "output layer": (
-        lambda t, c: (t.update(tensors_of(("lm_head", 2, 101, 32))), c.update(target_modules=[Q0, V0, "lm_head"])),
-        "lm_head: it cannot be adapted in training",
+    "other vocabulary": (
+        lambda t, c: (t.update(tensors_of(("lm_head", 2, 100, 32))), c.update(target_modules=[Q0, V0, "lm_head"])),
+        r"lm_head of shape \[100, 32\], and that of .* has \[101, 32\]",
     ),
-    "embedding": (
+    "embedding as a linear": (
         lambda t, c: (
-            t.update(
-                {
-                    f"{PREFIX}model.embed_tokens.lora_embedding_{f}": torch.ones(s)
-                    for f, s in (("A", (2, 101)), ("B", (32, 2)))
-                }
-            ),
+            t.update(tensors_of(("model.embed_tokens", 2, 101, 32))),
             c.update(target_modules=[Q0, V0, "embed_tokens"]),
         ),
-        "embeddings cannot be adapted",
+        r"model\.embed_tokens is an embedding in",
     ),
-    "whole parameter": (
+    "not every norm": (
         lambda t, c: (t.update({f"{PREFIX}model.norm.weight": torch.ones(32)}), c.update(modules_to_save=["norm"])),
-        r"model\.norm\.weight is a whole parameter",
+        r"modules_to_save names model\.layers\.0\.input_layernorm\.weight, but the file has no tensor of it",
+    ),
+    "whole linear": (
+        lambda t, c: (
+            t.update({f"{PREFIX}model.layers.0.mlp.down_proj.weight": torch.ones(32, 48)}),
+            c.update(modules_to_save=["layers.0.mlp.down_proj"]),
+        ),
+        r"down_proj\.weight is a whole linear",
+    ),
+    "norm of another size": (
+        lambda t, c: (
+            t.update({f"{PREFIX}model.norm.weight": torch.ones(9)}),
+            c.update(modules_to_save=["model.norm"]),
+        ),
+        r"model\.norm\.weight has shape \[9\]",
     ),
     "wrong rank": (lambda t, c: c.update(r=3), r"of rank 2; adapter_config\.json says rank 3"),
     "negative alpha": (lambda t, c: c.update(lora_alpha=-4), r"adapter_config\.json: lora_alpha is -4"),
