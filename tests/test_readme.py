@@ -28,10 +28,11 @@ BLOCKS = re.findall(r"^```(\w[\w ]*)\n(.*?)^```", (ROOT / "README.md").read_text
 SHELL = [text for kind, text in BLOCKS if kind == "bash"]
 CLUSTER = [text for kind, text in BLOCKS if kind == "bash cluster"]
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
-# This very test suite, and the quickstart without the installation and with fewer iterations.
+# This very test suite, the quickstart without the installation, and what learns in half a minute, with fewer iterations.
 REPLACED = {
     "bash tools/test.sh\n": "",
     "bash tools/quickstart.sh\n": "python tools/quickstart.py --iterations 10\n",
+    "python tools/example_grpo.py --output runs/grpo\n": "python tools/example_grpo.py --output runs/grpo --train-iters 2\n",
 }
 
 
