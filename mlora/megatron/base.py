@@ -19,9 +19,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing import check_is_distributed_checkpoint, load_tensors_metadata
+from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.nn.modules.module import _IncompatibleKeys
 
 from mlora.checkpoint import PREFIX
@@ -158,15 +160,21 @@ class _Strict(torch.nn.Module):
 
 
 def _newest(args: Namespace, option: str) -> Path | None:
-    """The checkpoint that Megatron would load from the directory that an option names, if there is one."""
-    from megatron.training.checkpointing import checkpoint_exists, get_checkpoint_tracker_filename, read_metadata
+    """The checkpoint that Megatron would load from the directory that an option names, if there is one.
+
+    Raises:
+        FileNotFoundError: the directory says that there is one, and there is not.
+    """
+    from megatron.training.checkpointing import checkpoint_exists, get_checkpoint_tracker_filename
 
     folder = getattr(args, option)
-    step = getattr(args, "ckpt_step", None) if option == "load" else None
     if not checkpoint_exists(folder):
         return None
-    iteration, is_release = read_metadata(get_checkpoint_tracker_filename(folder))
-    name = "release" if is_release and not step else f"iter_{step or iteration:07d}"
+    # Megatron's own reading of it is a collective.
+    newest = Path(get_checkpoint_tracker_filename(folder)).read_text(encoding="utf-8").strip()
+    if option == "load" and getattr(args, "ckpt_step", None):
+        newest = str(args.ckpt_step)
+    name = f"iter_{int(newest):07d}" if newest.isdecimal() else newest
     if not (Path(folder) / name).is_dir():
         raise FileNotFoundError(f"--{option.replace('_', '-')} {folder} has no {name}")
     return Path(folder) / name
@@ -179,7 +187,9 @@ def _holds_adapter(checkpoint: Path) -> bool:
 
 
 def _shapes(checkpoint: Path) -> Shapes:
-    return {key: tuple(tensor.global_shape) for key, tensor in load_tensors_metadata(str(checkpoint)).items()}
+    """Of the whole tensors in a checkpoint. Megatron's own function for it is a collective."""
+    entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return {key: tuple(entry.size) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def _check_same(source: Source, chunks: Sequence[torch.nn.Module], lenient: bool) -> None:

@@ -330,7 +330,7 @@ def test_another_adapter_is_refused(tmp_path: Path) -> None:
 
 def _other_scaling(rank: int, folder: Path) -> None:
     trainer = _trainer(ParallelSizes(), LoraConfig(**{**CONFIG.to_dict(), "lora_alpha": 12}))
-    with pytest.raises(ValueError, match="has scaling 2.0"):
+    with pytest.raises(ValueError, match=r"has scaling 2\.0"):
         _load(trainer, folder)
 
 

@@ -4,24 +4,21 @@ Only what asks for a GPU is answered for the CPU. Wheels before 0.17 have no ``m
 """
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from parallel.optimizer import allocate_adam_state
+from parallel.optimizer import allocate_adam_state, saveable
+from parallel.optimizer import load as load_optimizer
 from parallel.sizes import ParallelSizes
 from tests.ranks import end_writers, run_ranks
 
-needs_training = pytest.mark.skipif(
-    importlib.util.find_spec("megatron.training") is None, reason="this megatron-core has no megatron.training"
-)
 # A small GPT on invented data; float32, on Megatron's local layers.
 MODEL = """
     --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --vocab-size 127
@@ -58,14 +55,25 @@ def training_on_cpu(argv: Sequence[str]) -> Iterator[None]:
 
 
 def _ready(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Torch's Adam stands for Transformer Engine's, which Megatron can ask for its state before the first step."""
+    """Torch's Adam stands for Transformer Engine's, which the distributed optimizer can save and load without help."""
 
     def made(*args: Any, **kwargs: Any) -> Any:
         optimizer = make(*args, **kwargs)
-        allocate_adam_state(optimizer)
+        if isinstance(optimizer.chained_optimizers[0], DistributedOptimizer):
+            allocate_adam_state(optimizer)
+            optimizer.sharded_state_dict = _when_saveable(optimizer, optimizer.sharded_state_dict)
+            optimizer.load_state_dict = partial(load_optimizer, optimizer)
         return optimizer
 
     return made
+
+
+def _when_saveable(optimizer: Any, sharded_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    def state(*args: Any, **kwargs: Any) -> Any:
+        with saveable(optimizer):
+            return sharded_state_dict(*args, **kwargs)
+
+    return state
 
 
 class _Left(Exception):
