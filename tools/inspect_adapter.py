@@ -52,7 +52,8 @@ def _print(found: Inspection) -> None:
     print()
     for problem in found.problems:
         print(f"problem: {problem}")
-    print(f"{len(found.problems)} problems found" if found.problems else "no problems found")
+    count = len(found.problems)
+    print(f"{count or 'no'} problem{'s' * (count != 1)} found")
 
 
 def _table(modules: Sequence[ModuleFacts]) -> list[str]:

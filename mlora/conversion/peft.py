@@ -106,7 +106,9 @@ def _open_pickle(file: Path) -> dict[str, LazyTensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        # Without torch's advice to load it unsafely.
+        found = re.search(r"[Uu]nsupported (?:global: )?\w+ \S+", str(error))
+        reason = found[0] if found else str(error).partition("\n")[0].partition(" In PyTorch")[0]
         raise ValueError(
             f"{file} is corrupt, or holds more than tensors (pickled code is never run): {reason}"
         ) from error

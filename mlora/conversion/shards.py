@@ -150,7 +150,7 @@ class ShardWriter:
     def _convert(self, target: _Target, source: SafetensorsFile, parameter: str, dtype: torch.dtype) -> None:
         def convert(span: Span) -> int:
             rows = self._read(source, parameter, span)
-            self._finish(target, parameter, span, rows, dtype)
+            self._finish(target, source, parameter, span, rows, rows, dtype)
             return rows.nbytes
 
         for done in self._workers.each(convert, source.spans(parameter, BLOCK)):
@@ -169,7 +169,7 @@ class ShardWriter:
             result = rows if start is None else span.of(start)
             if delta is not None:
                 result = delta.normalise(delta.add_to(self._widen(result, delta), span.first), span.first, norms)
-            out = self._finish(target, parameter, span, result, dtype)
+            out = self._finish(target, source, parameter, span, result, rows, dtype)
             if not differs.is_set() and not torch.equal(out, rows if rows.dtype == dtype else rows.to(dtype)):
                 differs.set()
             return rows.nbytes
@@ -192,12 +192,21 @@ class ShardWriter:
         return source.read(parameter, span, self._workers.buffer("source", span.nbytes, torch.uint8))
 
     def _finish(
-        self, target: _Target, parameter: str, span: Span, rows: torch.Tensor, dtype: torch.dtype
+        self,
+        target: _Target,
+        source: SafetensorsFile,
+        parameter: str,
+        span: Span,
+        rows: torch.Tensor,
+        base: torch.Tensor,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Round and write; the rows as written."""
+        """Round and write ``rows``, made of the ``base``'s; the rows as written."""
         out = self._workers.buffer("result", rows.numel(), dtype).view(rows.shape).copy_(rows)
         if not is_finite(out):
-            raise ValueError(f"{parameter} would have values that are not finite in {_name(dtype)}")
+            if not is_finite(base):
+                raise ValueError(f"{source.path}: {parameter} has values that are not finite")
+            raise ValueError(f"{source.path}: {parameter} would have values that are not finite in {_name(dtype)}")
         target.write(out, span.first * out.nbytes // max(span.count, 1))
         return out
 

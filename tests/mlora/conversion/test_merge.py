@@ -489,8 +489,27 @@ def test_values_that_overflow_are_named(base: Path, adapter: Path, tmp_path: Pat
     tensors = load_file(file)
     tensors[f"{PREFIX}{DOWN1}.lora_B.weight"][0, 0] = 1e6
     save_file(tensors, file)
-    with pytest.raises(ValueError, match=f"{DOWN1}.weight would have values that are not finite in float16"):
+    words = rf"safetensors: {DOWN1}\.weight would have values that are not finite in float16"
+    with pytest.raises(ValueError, match=words):
         do(base, adapter, tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_values_of_the_base_that_are_not_finite_are_named(
+    base: Path, adapter: Path, tmp_path: Path, adapted: bool
+) -> None:
+    copy = shutil.copytree(base, tmp_path / "base")
+    key = f"{DOWN1}.weight" if adapted else "model.norm.weight"
+    for file in copy.glob("*.safetensors"):
+        tensors = load_file(file)
+        if key in tensors:
+            tensors[key].view(-1)[-1] = torch.inf
+            save_file(tensors, file)
+            broken = file
+    dtype = None if adapted else torch.bfloat16  # What is only copied is not looked at.
+    with pytest.raises(ValueError, match=rf"{broken}: {key} has values that are not finite"):
+        do(copy, adapter, tmp_path / "out", dtype=dtype)
     assert not (tmp_path / "out").exists()
 
 
