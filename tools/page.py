@@ -2,7 +2,7 @@
 
 import datetime
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +14,7 @@ from mlora_tools.heatmap import Heatmap
 from mlora_tools.recording import Recording
 
 _TEMPLATE = Path(__file__).parent / "template"
+_LOSS_UNITS = {"sft": "nats per target token", "dpo": "per pair"}
 _BYTES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
@@ -85,31 +86,32 @@ def _rate(value: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
+# What else than the loss has a chart where it is recorded: key, title, unit, format, whether the axis starts at 0.
+_CHARTS: tuple[tuple[str, str, str, Callable[[float], str], bool], ...] = (
+    ("reward_margin", "Reward margin", "chosen over rejected", _number, False),
+    ("reward_accuracy", "Reward accuracy", "share of pairs in their order", _number, True),
+    ("grad_norm", "Gradient norm", "before clipping", _number, True),
+    ("lr", "Learning rate", "", _rate, True),
+    ("tokens_per_second", "Throughput", "tokens per second", _number, True),
+    ("peak_memory", "Memory", "peak of the rank with most", size_of, True),
+)
+
+
 def _charts(recording: Recording) -> list[Chart]:
     """Those of which something is recorded."""
     iterations, losses = recording.series("loss")
-    evaluations = recording.series("eval_loss")
     noisy = len(losses) > 20
     loss_curves = [
         Curve("training", iterations, losses, "faint" if noisy else "main"),
         *([Curve("training, smoothed", iterations, smoothed(losses))] if noisy else []),
-        Curve("evaluation", *evaluations, kind="second", dots=True),
+        Curve("evaluation", *recording.series("eval_loss"), kind="second", dots=True),
     ]
-    charts = [
-        Chart("Loss", "nats per target token", loss_curves, _loss),
-        Chart(
-            "Gradient norm", "before clipping", [Curve("gradient norm", *recording.series("grad_norm"))], _number, True
-        ),
-        Chart("Learning rate", "", [Curve("learning rate", *recording.series("lr"))], _rate, True),
-        Chart(
-            "Throughput",
-            "tokens per second",
-            [Curve("tokens/s", *recording.series("tokens_per_second"))],
-            _number,
-            True,
-        ),
-        Chart("Memory", "peak of the rank with most", [Curve("peak", *recording.series("peak_memory"))], size_of, True),
-    ]
+    objective = recording.config.get("arguments", {}).get("objective", "sft")
+    charts = [Chart("Loss", _LOSS_UNITS.get(objective, ""), loss_curves, _loss)]
+    for key, title, unit, form, from_zero in _CHARTS:
+        curve = Curve(title.lower(), *recording.series(key))
+        evaluation = Curve("evaluation", *recording.series(f"eval_{key}"), kind="second", dots=True)
+        charts.append(Chart(title, unit, [curve, evaluation], form, from_zero))
     charts = [chart for chart in charts if chart.curves]
     last = max((curve.xs[-1] for chart in charts for curve in chart.curves), default=1)
     for chart in charts:

@@ -52,6 +52,7 @@ def run(tmp_path: Path) -> Path:
     }
     config = {
         "arguments": {
+            "objective": "sft",
             "data": ["train.jsonl"],
             "eval_data": [],
             "global_batch_size": 128,
@@ -122,6 +123,20 @@ def test_a_run_without_norms_says_how_to_get_them(run: Path) -> None:
     kept = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "adapter_norms" not in line]
     (run / "metrics.jsonl").write_text("\n".join(kept[:-1]) + "\n")
     assert "--log-adapter-norms-interval N records them" in page(run)
+
+
+def test_a_run_on_pairs_shows_its_rewards(run: Path) -> None:
+    assert "nats per target token" in page(run) and "<b>Reward margin</b>" not in page(run)
+    config = json.loads((run / "config.json").read_text())
+    config["arguments"]["objective"] = "dpo"
+    (run / "config.json").write_text(json.dumps(config))
+    records = [
+        {"iteration": 1, "loss": 0.7, "reward_margin": 0.1, "reward_accuracy": 0.5},
+        {"iteration": 1, "eval_reward_margin": 0.2},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = page(run)
+    assert "<b>Reward margin</b>" in text and "<b>Reward accuracy</b>" in text and "per pair" in text
 
 
 def test_another_place_and_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
