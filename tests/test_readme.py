@@ -2,7 +2,8 @@
 
 Blocks of ``bash`` run one after the other in one folder, as a reader would run them; the quickstart goes first, with fewer
 iterations, and makes the model and the data that the others use. Blocks of ``bash cluster`` need several hosts: their options are
-parsed. Blocks of ``python`` run one after the other on two tensor-parallel ranks.
+parsed. Blocks of ``python`` run one after the other on two tensor-parallel ranks. The ``diff`` is applied to
+``tools/pretrain_gpt_lora.py`` in that script's tests.
 """
 
 import os
@@ -37,7 +38,7 @@ REPLACED = {
 
 
 def test_every_block_is_of_a_known_kind() -> None:
-    assert {kind for kind, _ in BLOCKS} <= {"bash", "bash cluster", "python"}
+    assert {kind for kind, _ in BLOCKS} <= {"bash", "bash cluster", "diff", "python"}
     assert SHELL and CLUSTER and PYTHON
     assert all(text in SHELL for text in REPLACED)
 

@@ -43,6 +43,7 @@ MEGATRON_SCRIPTS = {
         "mlora/megatron/base.py",
         "mlora/megatron/plug.py",
         "tests/tools/megatron_scripts.py",
+        "tests/tools/test_pretrain_gpt_lora.py",
         "tools/pretrain_gpt_lora.py",
     )
 }

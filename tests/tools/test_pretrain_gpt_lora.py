@@ -1,9 +1,8 @@
 """Megatron's own `pretrain` with LoRA plugged in, whole: on real ranks, with mock data, from its parser to its last evaluation."""
 
 import re
-import types
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.models.gpt import GPTModelBuilder
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mlora.conversion import open_adapter
 from mlora.megatron import add_lora_args, pre_wrap_hook, with_lora
@@ -50,7 +50,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 def straight(base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, Any], Path]:
     """Losses and gradient norms by iteration of one process that never stopped, and its checkpoints."""
     folder = tmp_path_factory.mktemp("straight")
-    (result,) = run_script(main, "--pretrained-checkpoint", base, "--save", str(folder), *LORA)
+    tensorboard = ["--tensorboard-dir", str(folder / "tensorboard"), "--eval-interval", "2"]
+    (result,) = run_script(main, "--pretrained-checkpoint", base, "--save", str(folder), *LORA, *tensorboard)
     return result["steps"], folder
 
 
@@ -110,6 +111,14 @@ def test_a_run_that_stops_goes_on(
     ranks = run_script(main, *arguments, **resumed)
     _same_steps(ranks[-1]["steps"], straight[0], [3, 4])
     _same_adapters(tmp_path, straight[1])
+
+
+def test_logging_and_evaluation_are_megatrons(straight: Any) -> None:
+    events = EventAccumulator(str(straight[1] / "tensorboard"))
+    events.Reload()
+    logged = {event.step: event.value for event in events.Scalars("lm loss")}
+    assert logged == pytest.approx({iteration: loss for iteration, (loss, _) in straight[0].items()})
+    assert {event.step for event in events.Scalars("lm loss validation")} >= {2, 4}
 
 
 def test_the_adapter_is_exported_for_peft(straight: Any, tmp_path: Path) -> None:
@@ -179,43 +188,38 @@ def test_a_model_provider_is_wrapped_where_there_are_no_hooks(base: str, straigh
     _same_steps(ranks[-1]["steps"], straight[0], range(1, ITERATIONS + 1))
 
 
-def _diff_of_the_readme() -> tuple[str, str]:
-    """What the README's diff takes away and what it leaves, as two texts."""
+def _hunks_of_the_readme() -> list[tuple[str, str]]:
+    """The README's diff: lines as they were and as they are then."""
     (diff,) = re.findall(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
-    lines = diff.splitlines()
-    assert sum(line.startswith("+") for line in lines) <= 5
-    before = [line[1:] for line in lines if not line.startswith("+")]
-    after = [line[1:] for line in lines if not line.startswith("-")]
-    return "\n".join(before).strip("\n"), "\n".join(after).strip("\n")
+    assert sum(line.startswith("+") for line in diff.splitlines()) <= 5
+    hunks = [hunk.splitlines() for hunk in diff.split("\n\n")]
+    return [
+        (
+            "".join(f"{line[1:]}\n" for line in hunk if line[0] != "+"),
+            "".join(f"{line[1:]}\n" for line in hunk if line[0] != "-"),
+        )
+        for hunk in hunks
+    ]
 
 
-def _plain_script() -> Callable[[], None]:
-    """The main of this script before the README's diff was applied to it."""
+def _main_before_the_diff() -> None:
+    """The script's main as it was before the README's diff was applied to it."""
     source = Path(pretrain_gpt_lora.__file__).read_text(encoding="utf-8")
-    before, after = _diff_of_the_readme()
-    for old, new in zip(after.split("\n\n"), before.split("\n\n"), strict=True):
-        assert source.count(old) == 1, f"the script has no such lines:\n{old}"
-        source = source.replace(old, new)
+    for before, after in _hunks_of_the_readme():
+        assert source.count(after) == 1, f"the script has no such lines:\n{after}"
+        source = source.replace(after, before)
     code = source.partition('"""\n\n')[2]
     assert "lora" not in code
-    module = types.ModuleType("plain")
-    exec(compile(f"__file__ = {pretrain_gpt_lora.__file__!r}\n{code}", "plain", "exec"), module.__dict__)
-    plain: Callable[[], None] = module.__dict__["main"]
-    return plain
+    names: dict[str, Any] = {"__name__": "script_before_the_diff"}
+    exec(compile(code, "script_before_the_diff", "exec"), names)
+    names["main"]()
 
 
 def test_without_options_the_script_is_what_it_was(capfd: pytest.CaptureFixture[str]) -> None:
     (ours,) = run_script(main, "--eval-interval", "2")
     assert "validation loss at iteration 4 |" in capfd.readouterr().out
-    (plain,) = run_script(_plain_script(), "--eval-interval", "2")
+    (plain,) = run_script(_main_before_the_diff, "--eval-interval", "2")
     assert ours["steps"] == plain["steps"]
-
-
-def test_evaluation_is_megatrons(base: str, capfd: pytest.CaptureFixture[str]) -> None:
-    run_script(main, "--pretrained-checkpoint", base, *LORA, "--eval-interval", "2")
-    said = capfd.readouterr().out
-    assert "LoRA" not in said or "parameters train" in said
-    assert len(re.findall(r"validation loss at iteration \d+ \|", said)) == 2
 
 
 @pytest.mark.parametrize(
