@@ -32,7 +32,7 @@ from parallel.together import together
 T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...] | None]
 # With these values of --dist-ckpt-strictness a base may hold more than the model.
-_LENIENT = ("ignore_all", "log_all", "return_all")
+_LENIENT = ("ignore_all", "log_all")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def load_base(args: Namespace, chunks: Sequence[torch.nn.Module]) -> Path | None
 
     Raises:
         FileNotFoundError, ValueError: as :meth:`Source.of`; a weight is missing, has another shape, or (unless
-            ``--dist-ckpt-strictness`` is ignore_all or log_all) is left over: it is named. On every rank alike.
+            ``--dist-ckpt-strictness`` is ignore_all or log_all) is left over: it is named. On every rank alike, except where a
+            checkpoint in the older format ``torch`` lacks what one rank alone needs.
     """
     from megatron.training.checkpointing import load_checkpoint
 
@@ -109,8 +110,10 @@ def load_base(args: Namespace, chunks: Sequence[torch.nn.Module]) -> Path | None
     with _only_weights(args, source):
         load_checkpoint([_Strict(chunk, source) for chunk in chunks], None, None, load_arg=source.option)
     setattr(args, source.option, None)
-    if source.adapter is None:
-        args.load = None  # Else --exit-on-missing-checkpoint would end a first start.
+    if source.adapter is None and args.load is not None:
+        # A first start. Only a non-persistent checkpoint can be there, which Megatron looks for in its own way.
+        args.load = args.load if args.non_persistent_ckpt_type else None
+        args.exit_on_missing_checkpoint = False
     return source.adapter
 
 
@@ -148,6 +151,9 @@ class _Strict(torch.nn.Module):
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.chunk[0].sharded_state_dict(*args, **kwargs)  # type: ignore[operator]
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return self.chunk[0].named_parameters(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         result = self.chunk[0].load_state_dict(state_dict, strict=False)
@@ -202,8 +208,9 @@ def _check_same(source: Source, chunks: Sequence[torch.nn.Module], lenient: bool
             if isinstance(piece, ShardedTensor):
                 # The vocabulary is padded to the tensor-parallel size, and that may be another.
                 wanted[piece.key] = None if piece.allow_shape_mismatch else tuple(piece.global_shape)
-    everywhere: list[Shapes] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everywhere, wanted)
+    group = parallel_state.get_model_parallel_group()
+    everywhere: list[Shapes] = [{}] * group.size()
+    dist.all_gather_object(everywhere, wanted, group=group)
     whole: Shapes = {key: shape for part in everywhere for key, shape in part.items()}
     problems = [f"it lacks {key}" for key in sorted(whole.keys() - stored.keys())]
     problems += [

@@ -18,6 +18,14 @@ from mlora.megatron.base import load_base
 from mlora.megatron.chunk import check_description, save_adapter_only
 from parallel.together import together
 
+_UNSUPPORTED = {
+    "ckpt_convert_format": "its checkpoints hold the adapter alone, in one format",
+    "init_model_with_meta_device": "the base's weights must be there when the adapter is attached",
+    "use_torch_fsdp2": "it divides the parameters itself",
+    "use_megatron_fsdp": "it divides the parameters itself",
+    "moe_use_upcycling": "the base is loaded before",
+}
+
 
 def pre_wrap_hook(chunks: list[torch.nn.Module], family: Family | None = None) -> list[torch.nn.Module]:
     """Megatron's pre-wrap hook (``cfg.model.pre_wrap_hooks``, from megatron-core 0.18 on): load the base, attach the adapter.
@@ -91,14 +99,6 @@ def _check_supported(args: Namespace) -> None:
     for option, why in _UNSUPPORTED.items():
         if getattr(args, option, None):
             raise ValueError(f"--{option.replace('_', '-')} cannot be combined with LoRA: {why}")
-
-
-_UNSUPPORTED = {
-    "init_model_with_meta_device": "the base's weights must be there when the adapter is attached",
-    "use_torch_fsdp2": "it divides the parameters itself",
-    "use_megatron_fsdp": "it divides the parameters itself",
-    "moe_use_upcycling": "the base is loaded before",
-}
 
 
 class _Count:

@@ -57,7 +57,7 @@ def straight(base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
 
 def _same_steps(found: dict[int, Any], expected: dict[int, Any], iterations: Sequence[int]) -> None:
     assert sorted(found) == list(iterations)
-    for iteration in iterations:
+    for iteration in found:
         torch.testing.assert_close(found[iteration], expected[iteration], rtol=2e-6, atol=0)
 
 
@@ -249,6 +249,34 @@ def test_options_that_contradict_each_other_are_refused(
 def test_a_base_in_load_is_taken_with_finetune(base: str, straight: Any) -> None:
     (result,) = run_script(main, "--load", base, "--finetune", *LORA)
     _same_steps(result["steps"], straight[0], range(1, ITERATIONS + 1))
+    # The model starts as the base: a new adapter adds nothing to its first loss.
+    (plain,) = run_script(main, "--load", base, "--finetune", "--train-iters", "1")
+    assert plain["steps"][1][0] == straight[0][1][0]
+
+
+def test_a_base_in_megatrons_older_format_is_taken(straight: Any, tmp_path: Path) -> None:
+    run_script(main, "--save", str(tmp_path), "--train-iters", "2", "--ckpt-format", "torch")
+    older = ["--pretrained-checkpoint", str(tmp_path), "--auto-detect-ckpt-format", *LORA]
+    (result,) = run_script(main, *older)
+    _same_steps(result["steps"], straight[0], range(1, ITERATIONS + 1))
+    with pytest.raises(AssertionError, match=r"is not this model's: output_layer\.weight is in one of them only"):
+        run_script(main, *older, "--untie-embeddings-and-output-weights")
+
+
+def test_finetune_takes_the_adapters_weights_alone(base: str, straight: Any) -> None:
+    again = ["--pretrained-checkpoint", base, "--load", str(straight[1]), "--finetune", *LORA]
+    (result,) = run_script(main, *again, "--train-iters", "2")
+    assert sorted(result["steps"]) == [1, 2]
+    assert abs(result["steps"][1][0] - straight[0][1][0]) > 0.1
+
+
+def test_a_stage_may_hold_no_adapter(base: str, tmp_path: Path) -> None:
+    first_layer = ["--pretrained-checkpoint", base, "--lora-rank", "2", "--lora-layers", "0"]
+    (alone,) = run_script(main, *first_layer)
+    place = ["--save", str(tmp_path), "--load", str(tmp_path)]
+    for exit_interval, iterations in (("2", [1, 2]), ("100", [3, 4])):
+        ranks = run_script(main, *first_layer, *place, "--exit-interval", exit_interval, size=2, pipeline=2)
+        _same_steps(ranks[-1]["steps"], alone["steps"], iterations)
 
 
 @pytest.mark.parametrize(
