@@ -272,7 +272,7 @@ def _conclude(loop: Loop, output: Output) -> None:
         plot_losses(loop.metrics.records, output.plot)
     if loop.finished:
         adapter = open_adapter(latest_checkpoint(output.checkpoints))
-        profile = "peft" if adapter.uses_dora else "portable"
+        profile = "portable" if adapter.is_plain else "peft"
         write_peft(peft_adapter(adapter, profile), output.peft, replace=True, keep=(adapter.source,))
         logger.info("finished at iteration %d; the adapter for Hugging Face PEFT is in %s", loop.iteration, output.peft)
     elif loop.saved:

@@ -193,6 +193,7 @@ def test_the_adapters_configuration() -> None:
         *("--lora-rank", 4, "--lora-alpha", 32, "--lora-dropout", 0.1, "--lora-target-modules", "q_proj", "linear_fc1"),
         *("--lora-exclude-modules", "up_proj", "--lora-layers", 0, 3, "--lora-use-rslora", "--lora-init", "gaussian"),
         *("--lora-shared-a", "--lora-use-dora", "--lora-adapter-dtype", "float32"),
+        *("--lora-modules-to-save", "norm", "lm_head"),
         seed=5,
     )
     assert config == LoraConfig(
@@ -201,6 +202,7 @@ def test_the_adapters_configuration() -> None:
         lora_dropout=0.1,
         target_modules=["q_proj", "linear_fc1"],
         exclude_modules=["up_proj"],
+        modules_to_save=["norm", "lm_head"],
         layers_to_transform=[0, 3],
         use_rslora=True,
         use_dora=True,

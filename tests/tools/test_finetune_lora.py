@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import mlora_tools.run  # noqa: F401  # Likewise.
 from mlora_tools.finetune_lora import main
+from tests.tiny import VOCAB
 from tests.tools.runs import Ranks, metrics, run, write_base, write_pairs
 
 TP2_PP2_SP = (
@@ -412,3 +413,28 @@ def test_a_run_from_a_configuration_file(files: Files, tmp_path: Path) -> None:
         for factor in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
     }
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.float32"}
+
+
+def test_ends_of_the_model_train_and_are_resumed_from(files: Files, tmp_path: Path) -> None:
+    """The adapter's directory has them whole and without padding, and the trainer goes on from it."""
+    options: list[Any] = ["--model", files.folder / "base", "--data", files.folder / "train.jsonl", "--seq-length", 24]
+    options += ["--global-batch-size", 8, "--train-iters", 2, "--lr", "1e-2"]
+    adapter = ["--lora-target-modules", "q_proj", "lm_head", "--lora-modules-to-save", "embed_tokens", "model.norm"]
+    sizes = ["--tensor-model-parallel-size", 2, "--sequence-parallel"]
+    ranks = run(2, [*options, *adapter, *sizes, "--output", tmp_path / "run"], tmp_path / "log")
+    assert [rank.code for rank in ranks] == [0, 0], ranks[0].text
+    peft = tmp_path / "run" / "peft"
+    shapes = {key: list(tensor.shape) for key, tensor in load_file(peft / "adapter_model.safetensors").items()}
+    prefix = "base_model.model."
+    assert {key: shape for key, shape in shapes.items() if ".layers." not in key} == {
+        f"{prefix}model.embed_tokens.weight": [VOCAB, 32],
+        f"{prefix}model.norm.weight": [32],
+        f"{prefix}lm_head.lora_A.weight": [8, 32],
+        f"{prefix}lm_head.lora_B.weight": [VOCAB, 8],
+    }
+    argv = [*options, "--resume-from-peft", peft, "--output", tmp_path / "more"]
+    ranks = run(1, argv, tmp_path / "log2")
+    assert ranks[0].code == 0, ranks[0].text
+    first, more = metrics(tmp_path / "run"), metrics(tmp_path / "more")
+    assert more[0]["loss"] < first[0]["loss"]
+    assert load_file(tmp_path / "more" / "peft" / "adapter_model.safetensors").keys() == shapes.keys()
