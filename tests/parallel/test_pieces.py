@@ -53,6 +53,19 @@ def test_every_rank_has_every_tensor(bucket_bytes: int, buckets: int) -> None:
             assert torch.equal(tensor, values(name, *tensor.shape).float()), name
 
 
+def lopsided(rank: int) -> list[str]:
+    """Only the last stage has tensors, and of its ranks only one."""
+    here = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
+    held = [piece("late", (4, 3), 0, 4)] if here == (1, 1) else []
+    found = dict(whole_tensors(held))
+    assert torch.equal(found["late"], values("late", 4, 3).float())
+    return [*found, *dict(whole_tensors([]))]
+
+
+def test_stages_and_ranks_may_hold_nothing() -> None:
+    assert run_ranks(4, lopsided, sizes=ParallelSizes(tensor=2, pipeline=2)) == [["late"]] * 4
+
+
 def wrong(rank: int) -> list[str]:
     """What is said of pieces that do not fit; with that, no rank is left waiting."""
     cases = [
