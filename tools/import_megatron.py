@@ -33,7 +33,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="base model's directory: its config.json, and the headers of its weights if they are there",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="CKPT", help="native checkpoint to make")
-    parser.add_argument("--peft", type=Path, metavar="DIR", help="PEFT directory to make, in the portable profile")
+    parser.add_argument("--peft", type=Path, metavar="DIR", help="PEFT directory to make, for every reader if it can be")
     parser.add_argument(
         "--alpha", type=float, metavar="X",
         help="numerator of the scaling, where neither run_config.yaml nor args.json is there to tell it",
@@ -52,7 +52,7 @@ def _import(argv: Sequence[str] | None) -> int:
     base = Pretrained.open(arguments.base)
     state = read_megatron(arguments.checkpoint, base, arguments.format, alpha=arguments.alpha)
     plan = plan_megatron_import(state, base)  # Also for a PEFT directory alone: it holds the adapter against the base.
-    adapter = peft_adapter(state, base=base)
+    adapter = peft_adapter(state, "portable" if state.is_plain else "peft", base=base)
     size = sum(tensor.nbytes for tensor in plan.matrices.values())
     total = size * bool(arguments.output) + adapter.nbytes * bool(arguments.peft)
     with progress(total, "importing") as advance:

@@ -1,6 +1,6 @@
 """Adapter checkpoints of Megatron-Bridge and of ms-swift (mcore-bridge) as an :class:`~mlora.conversion.state.AdapterState`.
 
-Both adapt Megatron's linears, also the fused ones, with one A and one B. Keys behind ``decoder.layers.`` and the module's name:
+Both adapt Megatron's linears, also the fused ones, with one A and one B. Keys behind the module's name:
 
 | | Megatron-Bridge | mcore-bridge |
 |---|---|---|
@@ -8,6 +8,7 @@ Both adapt Megatron's linears, also the fused ones, with one A and one B. Keys b
 | B [out, r] | ``adapter.linear_out.weight`` | ``lora_B.<adapter>.weight`` |
 | of one part of a fused linear (CanonicalLoRA) | ``adapter.adapter_q.linear_in.weight`` ..., likewise k, v, gate, up | |
 | scaling | alpha / dim, from ``run_config.yaml`` | lora_alpha / lora_rank (rsLoRA: its root), from ``args.json`` |
+| weight that trains whole (``modules_to_save``) | | ``modules_to_save.<adapter>.weight`` |
 | rows of B of ``linear_qkv`` | of each query group its q, k, v | the same |
 | rows of B of ``linear_fc1`` | gate, up | of each of the t ranks that saved it its gate, up |
 | rows of B of ``adapter_gate``, ``adapter_up`` | of each of the t ranks the first half, then of each the second | |
@@ -22,8 +23,9 @@ NVIDIA-NeMo/Megatron-Bridge ``peft/utils.py`` (as of commit 0361921), ``lora.py`
 ``adapter_wrapper.py`` (2afd2d3); modelscope/mcore-bridge ``tuners/lora.py`` (02fb038); modelscope/ms-swift
 ``megatron/utils/megatron_lm_utils.py`` (02f2bd4); megatron-core 0.16.1 and 0.19.2 ``transformer_block.py`` and ``mlp.py``. Files
 that these two made themselves on two ranks (``dist_checkpointing.save``) were read, with rows in these orders; no checkpoint that
-Megatron-Bridge or ms-swift made was at hand. Refused: experts, routers, embeddings, DoRA, vision towers, ``modules_to_save``,
-several adapters in one checkpoint, and every format but ``torch_dist``.
+Megatron-Bridge or ms-swift made was at hand. Of the output layer and the embedding the rows beyond the vocabulary are left out.
+Whole are mcore-bridge's embedding, output layer and last norm. Refused: experts, routers, embeddings' low-rank terms, DoRA, vision
+towers, other ``modules_to_save``, several adapters in one checkpoint, and every format but ``torch_dist``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,11 +39,12 @@ import torch
 
 from mlora.conversion.importing import base_projections
 from mlora.conversion.megatron_files import MegatronFiles
-from mlora.conversion.megatron_layout import LAYOUTS, Layout, Pair, detect, pairs
+from mlora.conversion.megatron_layout import LAYOUTS, Layout, Pair, detect, pairs, whole_weights
 from mlora.conversion.megatron_settings import Settings
 from mlora.conversion.portable import Request, config_of
 from mlora.conversion.selection import selection
 from mlora.conversion.state import AdapterModule, AdapterState, LazyTensor, natural_order
+from mlora.names import OUTPUT_LAYER
 from mlora.pretrained import Pretrained
 from mlora.targets import Projection
 from parallel.layout import fused_rows
@@ -72,10 +75,11 @@ def read_megatron(
     settings = _settings(found, files.folder, alpha)
     source = _Source(files, found, settings, base)
     modules = sorted((module for pair in held for module in source.modules(pair)), key=_order)
-    words = f"{found.name} checkpoint {files.folder.name}"
-    state = AdapterState(files.folder, "peft", words, tuple(modules), full={}, config={})
+    words, full = f"{found.name} checkpoint {files.folder.name}", source.whole()
+    state = AdapterState(files.folder, "peft", words, tuple(modules), full=full, config={})
     fields = selection({module.name: (module.rank, settings.alpha) for module in modules}, layers)
     fields |= {"use_rslora": settings.use_rslora, "lora_dropout": settings.dropout}
+    fields["modules_to_save"] = [name.removesuffix(".weight") for name in full] or None
     return replace(state, config=config_of(Request(state, layers, str(base.path), None, base), **fields))
 
 
@@ -140,11 +144,37 @@ class _Source:
             taken = B if rows is None else _taken(B, torch.cat([rows[part] for part in inside]))
             yield AdapterModule(name, A.shape[0], self.settings.scaling(A.shape[0]), A, taken)
 
+    def whole(self) -> dict[str, LazyTensor]:
+        """The weights that train whole, by Hugging Face's names."""
+        found = {}
+        for module, key in sorted(whole_weights(self.files, self.layout).items()):
+            name = f"{self.base.family.hf_name(module)}.weight"
+            if name not in self._shapes:
+                raise self.files.error(key, f"{self.base.path} has no {name} of its own")
+            tensor, shape = self.files.matrix(key), self._shapes[name]
+            if module != "decoder.final_layernorm":
+                tensor = self._without_padding(key, tensor, shape[0])
+            if tensor.shape != shape:
+                raise self.files.error(
+                    key, f"its shape is {list(tensor.shape)}; for {self.base.path} it would be {list(shape)}"
+                )
+            found[name] = tensor
+        return found
+
+    def _without_padding(self, key: str, tensor: LazyTensor, rows: int) -> LazyTensor:
+        """The rows of the vocabulary, which Megatron pads to a multiple of 128 for each rank, or to less."""
+        multiple = 128 * max(self.files.pieces(key), self.settings.tensor_parallel or 1)
+        if not rows < tensor.shape[0] <= -(-rows // multiple) * multiple:
+            return tensor
+        return _taken(tensor, torch.arange(rows))
+
     def _matrices(self, pair: Pair, held: Sequence[Projection]) -> tuple[LazyTensor, LazyTensor]:
         """A and B, which fit the base and the configured rank."""
         A, B = (self.files.matrix(place.key, place.layer) for place in (pair.A, pair.B))
         counts = [self.base.family.rows(self.base.architecture, pair.module, projection.part)[1] for projection in held]
         columns = self._shapes[f"{held[0].hf_name}.weight"][1]
+        if pair.module == OUTPUT_LAYER:
+            B = self._without_padding(pair.B.key, B, counts[0])
         rank = self.settings.rank if self.settings.rank is not None else A.shape[0]
         for tensor, wanted in ((A, (rank, columns)), (B, (sum(counts), rank))):
             if tensor.shape != wanted:

@@ -82,6 +82,12 @@ class MegatronFiles:
         name = key if layer is None else f"{key}[{layer}]"
         return LazyTensor(name, self.folder, shape if layer is None else shape[1:], dtype, read)
 
+    def pieces(self, key: str) -> int:
+        """In how many pieces a tensor is stored."""
+        entry = self.reader.metadata.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata)
+        return len(entry.chunks)
+
     def row_pieces(self, key: str) -> int:
         """In how many pieces the rows of each matrix of a tensor are stored: one or more for each tensor-parallel rank.
 

@@ -21,6 +21,7 @@ class Layout:
         settings: reads how the adapter was trained.
         settings_file: that it looks for first.
         fc1_by_rank: the rows of B of ``linear_fc1`` are in the order of the ranks, each with its gate and up.
+        whole: the key of a weight that trains whole, with groups ``module`` and ``adapter``; None if there are none.
     """
 
     name: str
@@ -30,9 +31,12 @@ class Layout:
     settings: Callable[[Path], Settings | None]
     settings_file: str
     fc1_by_rank: bool
+    whole: re.Pattern[str] | None = None
 
 
-_MODULE = r"decoder\.layers\.(?:(?P<layer>\d+)\.)?(?P<module>(?:self_attention|mlp)\.\w+)\."
+_MODULE = (
+    r"(?:decoder\.layers\.(?:(?P<layer>\d+)\.)?(?P<module>(?:self_attention|mlp)\.\w+)|(?P<output>output_layer))\."
+)
 LAYOUTS: Mapping[str, Layout] = {
     "megatron-bridge": Layout(
         name="Megatron-Bridge",
@@ -54,6 +58,10 @@ LAYOUTS: Mapping[str, Layout] = {
         settings=swift_settings,
         settings_file=ARGS_FILE,
         fc1_by_rank=True,
+        whole=re.compile(
+            r"(?P<module>embedding\.word_embeddings|output_layer|decoder\.final_layernorm)"
+            r"\.modules_to_save\.(?P<adapter>\w+)\.weight"
+        ),
     ),
 }
 # What may stand in the key of something else.
@@ -112,13 +120,15 @@ def pairs(files: MegatronFiles, layout: Layout, layer_count: int) -> Iterator[Pa
     places: dict[tuple[str, str | None], dict[str, Place]] = {}
     adapter = None
     for key in files.tensors:
+        if layout.whole is not None and layout.whole.fullmatch(key):
+            continue
         found = _match(files, layout, key)
         if adapter not in (None, found["adapter"]):
             raise files.error(key, f"there are several adapters, {adapter} and {found['adapter']}")
         adapter = found["adapter"]
         factor = "A" if found["factor"] == layout.lora_A else "B"
-        for layer, place in _layers(files, key, found["layer"], layer_count):
-            pair = places.setdefault((f"decoder.layers.{layer}.{found['module']}", found["part"] or None), {})
+        for module, place in _places(files, key, found, layer_count):
+            pair = places.setdefault((module, found["part"] or None), {})
             if factor in pair:
                 raise files.error(key, f"{pair[factor].key} is the same matrix")
             pair[factor] = place
@@ -133,18 +143,37 @@ def pairs(files: MegatronFiles, layout: Layout, layer_count: int) -> Iterator[Pa
         yield Pair(module, part, pair["A"], pair["B"])
 
 
-def _layers(files: MegatronFiles, key: str, layer: str | None, count: int) -> Iterator[tuple[int, Place]]:
-    """(layer, place) of each matrix in a tensor."""
-    shape = files.tensors[key][0]
-    if len(shape) != (3 if layer is None else 2):
-        wanted = "[layers, rows, columns]" if layer is None else "[rows, columns]"
+def whole_weights(files: MegatronFiles, layout: Layout) -> dict[str, str]:
+    """Megatron module -> key of each weight that trains whole.
+
+    Raises:
+        ValueError: a module has several.
+    """
+    found: dict[str, str] = {}
+    for key in files.tensors:
+        if layout.whole is not None and (match := layout.whole.fullmatch(key)):
+            if match["module"] in found:
+                raise files.error(key, f"there are several adapters: {found[match['module']]} is of the same module")
+            found[match["module"]] = key
+    return found
+
+
+def _places(files: MegatronFiles, key: str, found: re.Match[str], layer_count: int) -> Iterator[tuple[str, Place]]:
+    """(full name of the module, place) of each matrix in a tensor."""
+    shape, layer, alone = (
+        files.tensors[key][0],
+        found["layer"],
+        found["layer"] is not None or found["output"] is not None,
+    )
+    if len(shape) != (2 if alone else 3):
+        wanted = "[rows, columns]" if alone else "[layers, rows, columns]"
         raise files.error(key, f"its shape is {list(shape)}, and should be {wanted}")
-    if layer is not None:
-        yield int(layer), Place(key, None)
+    if alone:
+        yield found["output"] or f"decoder.layers.{int(layer)}.{found['module']}", Place(key, None)
         return
-    if shape[0] != count:
-        raise files.error(key, f"it is of {shape[0]} layers, and the base has {count}")
-    yield from ((number, Place(key, number)) for number in range(count))
+    if shape[0] != layer_count:
+        raise files.error(key, f"it is of {shape[0]} layers, and the base has {layer_count}")
+    yield from ((f"decoder.layers.{number}.{found['module']}", Place(key, number)) for number in range(layer_count))
 
 
 def _match(files: MegatronFiles, layout: Layout, key: str) -> re.Match[str]:
@@ -153,5 +182,7 @@ def _match(files: MegatronFiles, layout: Layout, key: str) -> re.Match[str]:
             raise files.error(key, f"{what} are not supported")
     found = layout.key.fullmatch(key)
     if found is None:
-        raise files.error(key, f"it is no matrix of an adapter of {layout.name} on a linear of decoder.layers")
+        raise files.error(
+            key, f"it is no matrix of an adapter of {layout.name} on a linear of decoder.layers or the output layer"
+        )
     return found

@@ -6,6 +6,7 @@ tensors and its own factory for SwiGLU, through torch's distributed checkpoint.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class Case:
         canonical: Megatron-Bridge's CanonicalLoRA.
         by_layer: each layer is a tensor of its own.
         targets: last parts of the linears; of CanonicalLoRA, of their adapters (``q``) or linears.
+        whole: modules that train whole.
         settings: what ``run_config.yaml`` or ``args.json`` says more.
         scaling: of the product.
     """
@@ -50,6 +52,7 @@ class Case:
     canonical: bool = False
     by_layer: bool = False
     targets: tuple[str, ...] = (*COLUMN, *ROW)
+    whole: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
     scaling: float = ALPHA / RANK
 
@@ -70,6 +73,14 @@ CASES = {
             settings=(("use_rslora", True),),
             scaling=ALPHA / RANK**0.5,
         ),
+        Case("bridge-output", targets=("linear_fc2", "output_layer")),
+        Case(
+            "swift-ends",
+            layout="mcore-bridge",
+            targets=("linear_proj", "output_layer"),
+            whole=("embedding.word_embeddings", "decoder.final_layernorm"),
+        ),
+        Case("swift-whole", layout="mcore-bridge", targets=("linear_fc2",), whole=("output_layer",)),
     )
 }
 
@@ -94,7 +105,9 @@ class Writer:
         for chunk in chunks:
             for name, module in named_modules(chunk):
                 leaf = name.rpartition(".")[2]
-                if leaf in (*COLUMN, *ROW) and (hook := writer._hook(name, leaf, module)):
+                if name in case.whole:
+                    handles.append(writer._swap(name, module))
+                if leaf in (*COLUMN, *ROW, "output_layer") and (hook := writer._hook(name, leaf, module)):
                     handles.append(module.register_forward_hook(hook))
         return writer, handles
 
@@ -102,7 +115,7 @@ class Writer:
         rows, columns = module.weight.shape
         if leaf in ROW:
             return self._row(name, rows, columns * TENSOR) if leaf in self.case.targets else None
-        if not self.case.canonical:
+        if not self.case.canonical or leaf == "output_layer":
             return self._column(name, "", rows, columns) if leaf in self.case.targets else None
         parts = ("q", "k", "v") if leaf == "linear_qkv" else ("gate", "up")
         width = module.config.kv_channels * GROUPS // TENSOR
@@ -153,11 +166,21 @@ class Writer:
 
         return hook
 
+    def _swap(self, name: str, module: Any) -> "_Swapped":
+        """Give a module another weight, and hold it."""
+        rank, cut = parallel_state.get_tensor_model_parallel_rank(), module.weight.dim() == 2
+        changed = module.weight + _draw(f"{name}{rank if cut else ''}", *module.weight.shape).to(module.weight)
+        # What the files hold is float32.
+        swapped = _Swapped(module, changed.detach().float())
+        self._keep(name, "modules_to_save.default.weight", swapped.data, 0 if cut else None)
+        return swapped
+
     def _keep(self, name: str, end: str, data: torch.Tensor, dim: int | None, swiglu: bool = False) -> None:
         """Hold a piece as Megatron would save it: with the layers stacked in front, or under a key for each layer."""
-        layer, rank = int(name.split(".")[2]), parallel_state.get_tensor_model_parallel_rank()
-        offsets: tuple[tuple[int, int, int], ...] = () if self.case.by_layer else ((0, layer, LAYERS),)
-        key = f"{name if self.case.by_layer else name.replace(f'.{layer}.', '.')}.{end}"
+        rank, number = parallel_state.get_tensor_model_parallel_rank(), re.search(r"\.layers\.(\d+)\.", name)
+        stacked = number is not None and not self.case.by_layer
+        offsets: tuple[tuple[int, int, int], ...] = ((0, int(number[1]), LAYERS),) if number and stacked else ()
+        key = f"{re.sub(r'(?<=layers)[.][0-9]+', '', name) if stacked else name}.{end}"
         cut = () if dim is None else ((dim + len(offsets), rank, TENSOR),)
         piece = ShardedTensor.from_rank_offsets(
             key,
@@ -187,6 +210,17 @@ class Writer:
         save(state, storage_writer=FileSystemWriter(folder), planner=planner)
         if dist.get_rank() == 0:
             write_sides(folder, self.case)
+
+
+class _Swapped:
+    """A module with another weight, until :meth:`remove`, as of a hook."""
+
+    def __init__(self, module: Any, data: torch.Tensor) -> None:
+        self.module, self.data, self.before = module, data, module.weight.data
+        module.weight.data = data.to(self.before)
+
+    def remove(self) -> None:
+        self.module.weight.data = self.before
 
 
 def _with_layer(piece: ShardedTensor) -> CheckpointableShardedTensor:

@@ -78,7 +78,8 @@ def imported(tmp_path_factory: pytest.TempPathFactory, base: Path, written: Any)
     for name in CASES:
         state = read_megatron(written[0] / name, pretrained)
         write_import(plan_megatron_import(state, pretrained), folder / "native" / name)
-        write_peft(peft_adapter(state, base=pretrained), folder / "peft" / name)
+        profile = "portable" if state.is_plain else "peft"
+        write_peft(peft_adapter(state, profile, base=pretrained), folder / "peft" / name)
     return folder
 
 
@@ -159,7 +160,9 @@ PROBLEMS: list[tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = [
     (_add("decoder.layers.mlp.router.adapter.linear_in.weight"), "router.*: adapters of routers"),
     (_add(f"{QKV}.adapter.weight_magnitude"), "magnitude: the magnitudes of DoRA are not supported"),
     (_add("vision_model.decoder.layers.mlp.linear_fc1.adapter.linear_in.weight"), ": adapters of vision towers"),
-    (_add("output_layer.adapter.linear_in.weight"), "output_layer.*: it is no matrix of an adapter of Megatron-Bridge on a linear"),
+    (_add("mtp_head.adapter.linear_in.weight"), "mtp_head.*: it is no matrix of an adapter of Megatron-Bridge on a linear"),
+    (_add("output_layer.adapter.linear_in.weight"), r"output_layer.*: its shape is .*, and should be \[rows, columns\]"),
+    (_add("output_layer.modules_to_save.default.weight"), r"output_layer.*: whole parameters \(modules_to_save\) are not"),
     (_add("embedding.word_embeddings.weight"), "embedding.*: it is no matrix"),
     (_add("decoder.layers.self_attention.in_proj.adapter.linear_in.weight"), "in_proj.*: it is the A of .*, whose B"),
     (lambda tensors: tensors.pop(f"{QKV}.adapter.linear_in.weight"), "linear_out.weight: it is the B of .*, whose A"),
@@ -210,6 +213,51 @@ def test_a_tensor_that_cannot_be_used_is_named(
     with pytest.raises(ValueError, match=rf"{folder}: .*{message}"):
         write_import(plan_megatron_import(read_megatron(folder, pretrained), pretrained), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+OUTPUT, WORDS = "output_layer", "embedding.word_embeddings"
+SAVED = "modules_to_save.default.weight"
+# The vocabulary is 101, and padding on two ranks comes to 256.
+ENDS: list[tuple[dict[str, tuple[int, ...]], str]] = [
+    ({f"{OUTPUT}.{SAVED}": (257, HIDDEN)}, r"its shape is \[257, 32\]; .* it would be \[101, 32\]"),
+    ({f"{WORDS}.{SAVED}": (100, HIDDEN)}, r"its shape is \[100, 32\]; .* it would be \[101, 32\]"),
+    ({f"decoder.final_layernorm.{SAVED}": (HIDDEN + 1,)}, r"its shape is \[33\]; .* it would be \[32\]"),
+    ({f"{OUTPUT}.lora_A.default.weight": (RANK, HIDDEN), f"{OUTPUT}.lora_B.default.weight": (300, RANK)},
+     r"lora_B.*: its shape is \[300, 4\]; .* it would be \[101, 4\]"),
+    ({f"{WORDS}.{SAVED}": (128, HIDDEN), f"{WORDS}.{SAVED.replace('default', 'other')}": (128, HIDDEN)},
+     "there are several adapters: .* is of the same module"),
+    ({f"decoder.layers.0.input_layernorm.{SAVED}": (HIDDEN,)}, r"whole parameters \(modules_to_save\) are not supported"),
+    ({f"{WORDS}.lora_embedding_A.default": (RANK, 128)}, "adapters of embeddings are not supported"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("added", "message"), ENDS)
+def test_an_end_of_the_model_that_does_not_fit_is_named(
+    added: dict[str, tuple[int, ...]], message: str, tmp_path: Path, base: Path
+) -> None:
+    linear = "decoder.layers.0.mlp.linear_fc2"
+    tensors = {
+        f"{linear}.lora_A.default.weight": torch.ones(RANK, 48),
+        f"{linear}.lora_B.default.weight": torch.ones(32, RANK),
+    }
+    tensors |= {key: torch.ones(shape) for key, shape in added.items()}
+    folder = _checkpoint(tmp_path / "run" / "iter_0000001", tensors, CASES["swift"])
+    with pytest.raises(ValueError, match=rf"{folder}: .*{message}"):
+        read_megatron(folder, Pretrained.open(base))
+
+
+def test_a_tied_output_layer_has_no_weight_of_its_own(tmp_path: Path) -> None:
+    tied = Pretrained.open(write_model(tmp_path / "tied", "llama-tied"))
+    linear = "decoder.layers.0.mlp.linear_fc2"
+    tensors = {
+        f"{linear}.lora_A.default.weight": torch.ones(RANK, 48),
+        f"{linear}.lora_B.default.weight": torch.ones(32, RANK),
+    }
+    for module, message in ((OUTPUT, r"has no lm_head\.weight of its own"), (WORDS, "is tied to another weight")):
+        held = tensors | {f"{module}.{SAVED}": torch.ones(128, HIDDEN)}
+        folder = _checkpoint(tmp_path / module / "iter_0000001", held, CASES["swift"])
+        with pytest.raises(ValueError, match=message):
+            plan_megatron_import(read_megatron(folder, tied), tied)
 
 
 SETTINGS: list[tuple[dict[str, Any], str]] = [
