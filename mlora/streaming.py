@@ -6,8 +6,8 @@ its bucket is due. What is sent, and when, is said in :mod:`parallel.pieces`.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,15 +19,12 @@ from mlora.checkpoint import adapter_config
 from mlora.conversion.peft import PREFIX
 from mlora.conversion.portable import plain_config
 from mlora.conversion.selection import selection
-from mlora.copies import CopiedModule, CopyBank, base_weight, copied_modules
-from mlora.dora import scales
+from mlora.copies import CopiedModule, copied_modules
 from mlora.embedding import EmbeddingAdapter
-from mlora.names import DEFAULT_ADAPTER, EMBEDDING, OUTPUT_LAYER, SHARED
+from mlora.hf_pieces import changed_pieces, copy_pieces, module_pieces, rows_of_modules, without_padding
+from mlora.names import DEFAULT_ADAPTER, SHARED
 from mlora.pretrained import Pretrained
-from mlora.spec import fused_norm
-from mlora.switch import add_weight, check_no_tied_term, merged_adapter
-from parallel.layout import WHOLE, LinearLayout, read_layout
-from parallel.norm import HeadsRMSNorm
+from mlora.switch import check_no_tied_term, merged_adapter
 from parallel.pieces import BUCKET_BYTES, Piece, whole_tensors
 from parallel.stages import as_chunks, named_modules, union_over_stages
 
@@ -54,7 +51,7 @@ def iter_adapter_tensors(
     """
     pieces = [piece for adapter in linear_adapters(model, adapter_name) for piece in _adapter_pieces(adapter)]
     for module, copies in copied_modules(model):
-        pieces += _copy_pieces(module, copies, adapter_name, PREFIX)
+        pieces += copy_pieces(module, copies, adapter_name, PREFIX)
     return whole_tensors(pieces, bucket_bytes)
 
 
@@ -99,11 +96,11 @@ def iter_merged_tensors(
             adapter = bank.adapter(adapter_name) if isinstance(bank, AdapterBank) else None
             copies = module.copies if isinstance(module, CopiedModule) else None
             if copies is not None and adapter_name in copies.adapters:
-                pieces += _copy_pieces(module, copies, adapter_name)
+                pieces += copy_pieces(module, copies, adapter_name)
             elif base is not None and id(module) not in of_adapters:
-                pieces += _module_pieces(name, module, None if merged else adapter, base)
+                pieces += module_pieces(name, module, None if merged else adapter, base)
             elif base is None and adapter is not None:
-                pieces += _changed_pieces(module, adapter, merged=merged is not None)
+                pieces += changed_pieces(module, adapter, merged=merged is not None)
     return whole_tensors(pieces, bucket_bytes)
 
 
@@ -145,13 +142,13 @@ def _rank_and_alpha(adapter: LinearAdapter, part: str) -> tuple[int, float]:
 
 def _adapter_pieces(adapter: LinearAdapter) -> Iterator[Piece]:
     layout, dtype = adapter.layout, adapter.dtype
-    totals = _rows_of_modules(adapter.rows, adapter.hf_names)
-    left, columns = _real(*layout.columns, adapter.columns)
+    totals = rows_of_modules(adapter.rows, adapter.hf_names)
+    left, columns = without_padding(*layout.columns, adapter.columns)
     twice = 2 if adapter.config.decomposes else 1
     key, end = ("lora_embedding_", "") if isinstance(adapter, EmbeddingAdapter) else ("lora_", ".weight")
     for part in adapter.parts:
         name, rank = f"{PREFIX}{adapter.hf_names[part]}", twice * adapter.ranks[part]
-        first, count = _real(*layout.part_rows(part), adapter.rows[part])
+        first, count = without_padding(*layout.part_rows(part), adapter.rows[part])
         at, rows = adapter.hf_rows[part] + first, totals[adapter.hf_names[part]]
         if adapter.hf_rows[part] == 0 and columns:  # The first of the projections of one module brings their A.
             shape, size = (rank, adapter.columns), (rank, columns)
@@ -166,28 +163,6 @@ def _adapter_pieces(adapter: LinearAdapter) -> Iterator[Piece]:
             yield Piece(f"{name}.lora_magnitude_vector", (rows,), (at,), (count,), dtype, make)
 
 
-def _real(first: int, count: int, total: int) -> tuple[int, int]:
-    """(first, count) of rows or columns without those of the vocabulary's padding."""
-    return first, min(max(total - first, 0), count)
-
-
-def _copy_pieces(module: torch.nn.Module, copies: CopyBank, adapter_name: str, prefix: str = "") -> Iterator[Piece]:
-    """The weight of a module that trains whole."""
-    for factor in copies.factors(adapter_name, module):
-        inside = factor.parameter.detach()[factor.inside]
-        if inside.numel():
-            name, size = f"{prefix}{copies.hf_name}.weight", tuple(inside.shape)
-            yield Piece(name, factor.shape, factor.offset, size, inside.dtype, inside.detach)
-
-
-def _rows_of_modules(rows: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
-    """Rows of each Hugging Face module that is named, from those of its parts."""
-    totals: dict[str, int] = {}
-    for part, name in names.items():
-        totals[name] = totals.get(name, 0) + rows[part]
-    return totals
-
-
 def _A(adapter: LinearAdapter, key: str, columns: int) -> torch.Tensor:
     A = adapter.lora_A[key]
     return (torch.cat([A, adapter.lora_A0.get_buffer(key)]) if adapter.config.decomposes else A)[:, :columns]
@@ -196,128 +171,3 @@ def _A(adapter: LinearAdapter, key: str, columns: int) -> torch.Tensor:
 def _B(adapter: LinearAdapter, part: str, rows: int) -> torch.Tensor:
     B = adapter.lora_B[part]
     return (torch.cat([B, -adapter.lora_B0.get_buffer(part)], dim=1) if adapter.config.decomposes else B)[:rows]
-
-
-def _changed_pieces(module: torch.nn.Module, adapter: LinearAdapter, merged: bool) -> Iterator[Piece]:
-    """The weight that an adapter changes."""
-    layout, added = adapter.layout, None if merged else adapter
-    if layout.name.rpartition(".")[2] in (EMBEDDING, OUTPUT_LAYER):
-        size = adapter.columns if isinstance(adapter, EmbeddingAdapter) else adapter.rows[WHOLE]
-        yield from _vocabulary_piece(module, added, f"{adapter.hf_names[WHOLE]}.weight", size)
-    else:
-        rows = {part: adapter.hf_rows[part] for part in adapter.parts}
-        yield from _linear_pieces(module, layout, added, adapter.hf_names, rows)
-
-
-def _module_pieces(
-    name: str, module: torch.nn.Module, adapter: LinearAdapter | None, base: Pretrained
-) -> Iterator[Piece]:
-    """Every parameter of a module that Hugging Face's checkpoint has."""
-    held = dict(module.named_parameters(recurse=False))
-    if not held:
-        return
-    family, architecture = base.family, base.architecture
-    if name in ("embedding.word_embeddings", "output_layer"):
-        if name == "embedding.word_embeddings" or not architecture.tied:
-            yield from _vocabulary_piece(module, adapter, f"{family.hf_name(name)}.weight", architecture.vocab_size)
-    elif layout := read_layout(name, module):
-        names = {part: family.hf_name(name, part) for part, _ in layout.parts}
-        rows = {part: family.rows(architecture, name, part)[0] for part in names}
-        yield from _linear_pieces(module, layout, adapter, names, rows)
-        if "bias" in held and name.rpartition(".")[2] in architecture.biased:
-            yield from _bias_pieces(held["bias"], layout, names, rows)
-        if "layer_norm_weight" in held:
-            layer, norm = fused_norm(name)
-            yield _whole_piece(f"{family.hf_name(f'{layer}.{norm}')}.weight", held["layer_norm_weight"])
-    else:
-        for leaf, parameter in held.items():
-            yield from _norm_piece(module, f"{family.hf_name(name)}.{leaf}", parameter)
-
-
-def _linear_pieces(
-    module: torch.nn.Module,
-    layout: LinearLayout,
-    adapter: LinearAdapter | None,
-    names: Mapping[str, str],
-    rows: Mapping[str, int],
-) -> Iterator[Piece]:
-    """The weight of each projection, with its adapter if there is one; ``rows`` says where it begins in its module."""
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    totals = _rows_of_modules(dict(layout.parts), names)
-    row_scales = cache(partial(_row_scales, adapter, weight))
-    for part, name in names.items():
-        first, count = layout.part_rows(part)
-        if count:
-            yield Piece(
-                f"{name}.weight",
-                (totals[name], layout.in_features),
-                (rows[part] + first, layout.columns[0]),
-                (count, layout.columns[1]),
-                weight.dtype,
-                partial(_merged_rows, weight, layout, part, adapter, row_scales),
-            )
-
-
-def _row_scales(adapter: LinearAdapter | None, weight: torch.Tensor) -> torch.Tensor | None:
-    """DoRA's factor of each row [out_l], once for a linear, as it is a collective of its group; None without DoRA."""
-    return scales(adapter, weight) if adapter is not None and adapter.uses_dora else None
-
-
-def _merged_rows(
-    weight: torch.Tensor,
-    layout: LinearLayout,
-    part: str,
-    adapter: LinearAdapter | None,
-    row_scales: Callable[[], torch.Tensor | None],
-) -> torch.Tensor:
-    """This rank's rows of a projection's weight [rows, in_l], rounded once to its dtype."""
-    held = weight.detach() if type(weight) is torch.nn.Parameter else weight.detach().float()  # Quantized.
-    index = layout.output_index(part).to(weight.device)
-    rows = held[index] if len(layout.parts) > 1 else held
-    scale = row_scales()
-    if adapter is None or part not in adapter.lora_B:
-        return rows.to(weight.dtype)
-    total = add_weight(adapter.delta_of(part), rows, None if scale is None else scale[index])
-    return total.to(weight.dtype)
-
-
-def _bias_pieces(
-    bias: torch.Tensor, layout: LinearLayout, names: Mapping[str, str], rows: Mapping[str, int]
-) -> Iterator[Piece]:
-    totals = _rows_of_modules(dict(layout.parts), names)
-    for part, name in names.items():
-        first, count = layout.part_rows(part)
-        if count:
-            index = layout.output_index(part).to(bias.device)
-            make = partial(torch.index_select, bias.detach(), 0, index)
-            yield Piece(f"{name}.bias", (totals[name],), (rows[part] + first,), (count,), bias.dtype, make)
-
-
-def _vocabulary_piece(module: Any, adapter: LinearAdapter | None, name: str, vocab_size: int) -> Iterator[Piece]:
-    """This rank's rows of an embedding or output layer, with the adapter if there is one, without those beyond the vocabulary."""
-    weight = base_weight(module).detach()
-    rows, columns = weight.shape
-    first, real = _real(module.tp_group.rank() * rows, rows, vocab_size)
-    if real:
-        make = partial(_merged_vocabulary, weight, adapter, real)
-        yield Piece(name, (vocab_size, columns), (first, 0), (real, columns), weight.dtype, make)
-
-
-def _merged_vocabulary(weight: torch.Tensor, adapter: LinearAdapter | None, rows: int) -> torch.Tensor:
-    if adapter is None:
-        return weight[:rows]
-    scale = _row_scales(adapter, weight)
-    return add_weight(adapter.delta(), weight, scale)[:rows].to(weight.dtype)
-
-
-def _norm_piece(module: torch.nn.Module, name: str, parameter: torch.Tensor) -> Iterator[Piece]:
-    if not isinstance(module, HeadsRMSNorm):
-        yield _whole_piece(name, parameter)
-        return
-    count = parameter.shape[0]
-    yield Piece(name, (module.features,), (module.first,), (count,), parameter.dtype, parameter.detach)
-
-
-def _whole_piece(name: str, parameter: torch.Tensor) -> Piece:
-    shape = tuple(parameter.shape)
-    return Piece(name, shape, (0,) * len(shape), shape, parameter.dtype, parameter.detach)
