@@ -96,11 +96,17 @@ def check_description(saved: Mapping[str, Any], attached: Mapping[str, Any], sou
                 raise ValueError(
                     f"{source}: its adapter has {fact} {theirs[key][fact]!r} at {name}; the options say {ours[key][fact]!r}"
                 )
+    if saved["modules_to_save"] != attached["modules_to_save"]:
+        raise ValueError(f"{source}: its adapter trains {_names(saved)} whole; the options say {_names(attached)}")
     for field in ("use_dora", "shared_A", "init_lora_weights"):
         if saved["lora"][field] != attached["lora"][field]:
             raise ValueError(
                 f"{source}: its adapter has {field} = {saved['lora'][field]!r}; the options say {attached['lora'][field]!r}"
             )
+
+
+def _names(facts: Mapping[str, Any]) -> str:
+    return ", ".join(row["module"] for row in facts["modules_to_save"]) or "no module"
 
 
 def _saved(chunk: Any) -> Iterator[Factor]:

@@ -44,7 +44,7 @@ from parallel.storage import Reader
 from tests import gpt
 from tests.ranks import end_writers, run_ranks
 
-CONFIG = LoraConfig(r=3, lora_alpha=6, rank_pattern={"v_proj": 2}, seed=5)
+CONFIG = LoraConfig(r=3, lora_alpha=6, rank_pattern={"v_proj": 2}, modules_to_save=["model.norm"], seed=5)
 MICRO_BATCHES = 4
 LAYOUTS = {
     "TP1": (1, ParallelSizes()),
@@ -241,6 +241,7 @@ def _check_converters(folder: Path, saved: Mapping[str, torch.Tensor]) -> None:
     (module,) = (module for module in state.modules if module.name == "model.layers.2.self_attn.v_proj")
     assert torch.equal(module.B.load(), saved["decoder.layers.2.self_attention.linear_qkv.v.lora_B"])
     assert (module.rank, module.scaling) == (2, 3.0)
+    assert {name: tensor.shape for name, tensor in state.full.items()} == {"model.norm": (gpt.HIDDEN,)}
 
 
 def _attached(sizes: ParallelSizes, config: LoraConfig) -> list[torch.nn.Module]:
@@ -320,6 +321,7 @@ def test_another_adapter_is_refused(tmp_path: Path) -> None:
         ({"r": 4}, "--load out: its adapter has rank 3 at decoder.layers.0.mlp.linear_fc1.gate; the options say 4"),
         ({"lora_alpha": 12}, "has scaling 2.0 at decoder.layers.0.mlp.linear_fc1.gate; the options say 4.0"),
         ({"exclude_modules": ["up_proj"]}, "has decoder.layers.0.mlp.linear_fc1.up, which the options do not ask for"),
+        ({"modules_to_save": []}, "trains decoder.final_layernorm whole; the options say no module"),
         ({"use_dora": True}, "has use_dora = False; the options say True"),
         ({"init_lora_weights": "olora"}, "has init_lora_weights = True; the options say 'olora'"),
     ]
@@ -338,6 +340,19 @@ def test_loading_compares_too(tmp_path: Path) -> None:
     folder = tmp_path / "iter_0000001"
     run_ranks(1, _never_stop, ParallelSizes(), folder, False)
     run_ranks(1, _other_scaling, folder)
+
+
+def _adapt_the_vocabulary(rank: int, sizes: ParallelSizes) -> None:
+    for change in ({"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens", "q_proj"]}):
+        chunks = gpt.build(sizes)
+        mlora.apply(chunks, LoraConfig(r=2, **change))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="Megatron's scripts pad the vocabulary"):
+            save_adapter_only(chunks)
+
+
+def test_the_padded_vocabulary_is_refused_on_every_stage() -> None:
+    size, sizes = LAYOUTS["PP2xVPP2"]
+    run_ranks(size, _adapt_the_vocabulary, sizes, sizes=sizes)
 
 
 def _load_plainly(rank: int, folder: Path) -> dict[str, Any]:
