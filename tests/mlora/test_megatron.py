@@ -241,7 +241,7 @@ def _check_converters(folder: Path, saved: Mapping[str, torch.Tensor]) -> None:
     (module,) = (module for module in state.modules if module.name == "model.layers.2.self_attn.v_proj")
     assert torch.equal(module.B.load(), saved["decoder.layers.2.self_attention.linear_qkv.v.lora_B"])
     assert (module.rank, module.scaling) == (2, 3.0)
-    assert {name: tensor.shape for name, tensor in state.full.items()} == {"model.norm": (gpt.HIDDEN,)}
+    assert {name: tensor.shape for name, tensor in state.full.items()} == {"model.norm.weight": (gpt.HIDDEN,)}
 
 
 def _attached(sizes: ParallelSizes, config: LoraConfig) -> list[torch.nn.Module]:
