@@ -18,6 +18,7 @@ from mlora.copies import (
     Candidate,
     CopiedModule,
     CopyBank,
+    UntiedOutput,
     base_weight,
     choose_copied,
     copied_modules,
@@ -154,6 +155,7 @@ def apply(
         _attach_copy(whole, adapter_name, first=not existing)
     for chunk in chunks:
         _join_mlps(chunk)
+        _untie_output(chunk)
         _let_gradients_reach_the_first_stage(chunk)
     _log_summary(chunks, adapter_name)
     return list(model)
@@ -241,6 +243,12 @@ def _join_mlps(chunk: torch.nn.Module) -> None:
     for module in chunk.modules():
         if type(module) is MLP and isinstance(module.linear_fc1, TeLora) and isinstance(module.linear_fc2, TeLora):
             module.__class__ = _adapted_class(MLP, MlpLora)
+
+
+def _untie_output(chunk: torch.nn.Module) -> None:
+    tied = getattr(chunk, "share_embeddings_and_output_weights", False) and getattr(chunk, "pre_process", False)
+    if tied and isinstance(chunk.embedding.word_embeddings, CopiedModule) and not isinstance(chunk, UntiedOutput):  # type: ignore[union-attr]
+        chunk.__class__ = _adapted_class(type(chunk), UntiedOutput)
 
 
 def freeze_all_but(bank: Bank, adapter_name: str | None) -> None:

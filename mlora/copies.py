@@ -96,6 +96,19 @@ class CopiedModule:
         return self.base_weight if copy is None else copy
 
 
+class UntiedOutput:
+    """A model whose tied output layer keeps the base's weight where the embedding trains whole, as Hugging Face's does under PEFT.
+
+    Comes before the model's class in the instance's class.
+    """
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor:
+        """The base's: what Megatron gives the output layer."""
+        if self.pre_process:  # type: ignore[attr-defined]
+            return base_weight(self.embedding.word_embeddings)  # type: ignore[attr-defined]
+        return super().shared_embedding_or_output_weight()  # type: ignore[misc,no-any-return]
+
+
 def base_weight(module: torch.nn.Module) -> torch.Tensor:
     """A module's weight without any adapter."""
     return module.base_weight if isinstance(module, CopiedModule) else module.weight  # type: ignore[return-value]
@@ -130,8 +143,9 @@ def _candidates(chunks: Sequence[torch.nn.Module], family: Family | None) -> lis
 
 def _problem(chunk: torch.nn.Module, name: str, module: torch.nn.Module) -> str | None:
     vocabulary = is_embedding(name, module) or is_output_layer(name)
-    if vocabulary and getattr(chunk, "share_embeddings_and_output_weights", False):
-        return "it is tied to another module, and trained whole it would become one of its own"
+    tied = vocabulary and getattr(chunk, "share_embeddings_and_output_weights", False)
+    if tied and getattr(getattr(chunk, "embedding", None), "word_embeddings", None) is not module:
+        return "it is tied to the embedding, of which it has no weight to train"
     if vocabulary:
         known = isinstance(module, VocabParallelEmbedding | ColumnParallelLinear)
         return None if known and module._parameters.get("bias") is None else "its kind cannot be trained whole"

@@ -15,7 +15,7 @@ from mlora.bank import AdapterBank, Bank
 from mlora.copies import base_weight, copied_modules
 from mlora.dora import scales
 from mlora.embedding import EmbeddingAdapter
-from mlora.names import DEFAULT_ADAPTER
+from mlora.names import DEFAULT_ADAPTER, EMBEDDING
 from parallel.stages import as_chunks, union_over_stages
 
 logger = logging.getLogger(__name__)
@@ -240,13 +240,16 @@ def _check_mergeable(model: Model, adapter_name: str) -> None:
 
 
 def check_no_tied_term(model: Model, adapter_name: str) -> None:
-    """Raises ValueError, on every stage alike, for an adapter of a tied embedding: merged, the output layer would get it too."""
+    """Raises ValueError, on every stage alike, for an adapter of a tied embedding: merged, it would be the output layer's too."""
     tied = [chunk for chunk in as_chunks(model) if getattr(chunk, "share_embeddings_and_output_weights", False)]
     held = {bank.layout.name for bank in banks(tied) if isinstance(bank.adapter(adapter_name), EmbeddingAdapter)}
+    held |= {
+        copies.name
+        for _, copies in copied_modules(tied)
+        if copies.name.endswith(EMBEDDING) and adapter_name in copies.adapters
+    }
     if found := sorted(union_over_stages(held)):
-        raise ValueError(
-            f"{found[0]} is tied to the output layer, which must not get its low-rank term: it cannot be merged"
-        )
+        raise ValueError(f"{found[0]} is tied to the output layer, which keeps the base's weight: it cannot be merged")
 
 
 def _merged(found: Sequence[AdapterBank]) -> set[str]:

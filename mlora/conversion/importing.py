@@ -153,8 +153,10 @@ def _whole_weights(state: AdapterState, config: LoraConfig, base: Pretrained) ->
         name = base.family.megatron_parts(module)[0]
         if len(tensor.shape) == 2 and name not in ("embedding.word_embeddings", "output_layer"):
             raise ValueError(f"{where} is a whole linear ({parameter}); only its low-rank term can be trained on")
-        if len(tensor.shape) == 2 and base.architecture.tied:
-            raise ValueError(f"{where} is tied to another weight in the base, which training it whole would end")
+        if len(tensor.shape) == 2 and state.ties_embeddings and base.architecture.tied:
+            raise ValueError(
+                f"{where} was trained as one with the output layer (ensure_weight_tying), which is not supported"
+            )
         found[f"{name}.weight"] = tensor
     return found
 

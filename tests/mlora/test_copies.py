@@ -40,12 +40,17 @@ CASES = {
     "adapted": Case(lora=LoraConfig(**SHAPE, target_modules=["q_proj", "embed_tokens", "lm_head"])),
     "both": Case(lora=LoraConfig(**SHAPE, target_modules=["v_proj", "lm_head"], modules_to_save=["embed_tokens"])),
     "tied": Case(kind="llama-tied", lora=LoraConfig(**SHAPE, target_modules=["q_proj", "embed_tokens"])),
+    # The output layer keeps the base's weight.
+    "tied whole": Case(
+        kind="llama-tied", lora=LoraConfig(**SHAPE, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    ),
 }
 WHOLE = {
     "saved": {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"},
     "adapted": set(),
     "both": {"model.embed_tokens.weight"},
     "tied": set(),
+    "tied whole": {"model.embed_tokens.weight"},
 }
 # (world, how it is divided); padding lies on the second tensor-parallel rank, which at TP 2 holds nothing else.
 WORLDS = {
@@ -270,7 +275,7 @@ def test_each_adapter_has_its_own(models: Models, world: str) -> None:
 REFUSED = {
     "a linear": ("llama", {"modules_to_save": ["q_proj"]}, r"q_proj.*only the embedding, the output layer and norms"),
     "a block": ("llama", {"modules_to_save": ["mlp"]}, r"modules_to_save: 'mlp' matches no module on any stage"),
-    "tied": ("llama-tied", {"modules_to_save": ["embed_tokens"]}, "embed_tokens.*it is tied to another module"),
+    "tied": ("llama-tied", {"modules_to_save": ["lm_head"]}, "lm_head.*it is tied to the embedding, of which"),
     "a tied output layer": ("llama-tied", {"target_modules": ["lm_head"]}, "lm_head is tied to the embedding"),
     "named twice": (
         "llama",
@@ -307,6 +312,12 @@ def _refuse(rank: int, models: Models, sizes: ParallelSizes) -> dict[str, str]:
         )
         with pytest.raises(ValueError, match="lora_plus_ratio gives B another learning rate"):
             Trainer(chunks, OptimizerSettings(lr=1e-3, lora_plus_ratio=2.0))
+    tied = Pretrained.open(models["llama-tied"])
+    for name in ("tied", "tied whole"):
+        chunks = mlora.apply(build_model(tied, sizes), CASES[name].lora, family=tied.family)
+        for merged in (mlora.merge_adapter, mlora.iter_merged_tensors):
+            with pytest.raises(ValueError, match="word_embeddings is tied to the output layer, which keeps the base's"):
+                merged(chunks)
     return found
 
 

@@ -32,6 +32,9 @@ CASES = {
     "tied": Case(
         kind="gemma3", lora=LoraConfig(**LORA, target_modules=["o_proj", "embed_tokens"]), packed=True, steps=3
     ),
+    "tied whole": Case(
+        kind="gemma3", lora=LoraConfig(**LORA, target_modules=["v_proj"], modules_to_save=["embed_tokens"]), steps=3
+    ),
     "dora": Case(kind="qwen2", lora=LoraConfig(**LORA, target_modules=["k_proj", "lm_head"], use_dora=True)),
     "pissa": Case(lora=LoraConfig(r=4, lora_alpha=3, target_modules=["v_proj", "lm_head"], init_lora_weights="pissa")),
 }

@@ -253,11 +253,10 @@ def test_a_tied_output_layer_has_no_weight_of_its_own(tmp_path: Path) -> None:
         f"{linear}.lora_A.default.weight": torch.ones(RANK, 48),
         f"{linear}.lora_B.default.weight": torch.ones(32, RANK),
     }
-    for module, message in ((OUTPUT, r"has no lm_head\.weight of its own"), (WORDS, "is tied to another weight")):
-        held = tensors | {f"{module}.{SAVED}": torch.ones(128, HIDDEN)}
-        folder = _checkpoint(tmp_path / module / "iter_0000001", held, CASES["swift"])
-        with pytest.raises(ValueError, match=message):
-            plan_megatron_import(read_megatron(folder, tied), tied)
+    held = tensors | {f"{OUTPUT}.{SAVED}": torch.ones(128, HIDDEN)}
+    folder = _checkpoint(tmp_path / "run" / "iter_0000001", held, CASES["swift"])
+    with pytest.raises(ValueError, match=r"has no lm_head\.weight of its own"):
+        plan_megatron_import(read_megatron(folder, tied), tied)
 
 
 SETTINGS: list[tuple[dict[str, Any], str]] = [
