@@ -73,10 +73,9 @@ def _same_adapters(found: Path, expected: Path) -> None:
     ("size", "layout", "options"),
     [
         (4, {"tensor": 2, "pipeline": 2}, RESHARDABLE),
-        (2, {"pipeline": 2, "virtual": 2}, ["--async-save", "--async-strategy", "mcore"]),
         (2, {}, ["--ckpt-fully-parallel-load", *RESHARDABLE]),
     ],
-    ids=["TP2xPP2", "PP2xVPP2", "DP2"],
+    ids=["TP2xPP2", "DP2"],
 )
 def test_every_layout_gives_the_same_numbers(
     base: str, straight: Any, size: int, layout: dict[str, int], options: list[str], tmp_path: Path
