@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from mlora.options import Lora
 from mlora_tools.implementation import Implementation
-from mlora_tools.lora import Lora
 from mlora_tools.objective import Objective
 from mlora_tools.options import Help, UsageError, check_at_least, check_positive, parse
 from mlora_tools.reports import Reports
