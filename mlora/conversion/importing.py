@@ -56,7 +56,7 @@ def plan_import(state: AdapterState, base: Pretrained) -> Import:
         ValueError: the adapter has a part that cannot be trained, does not fit the base, or lacks a module that its configuration
             targets; file, key and rule are named.
     """
-    _check_trainable(state)
+    _check_trainable(state, base)
     state = _without_base_copies(state, base)
     if any(base.path.glob("*.safetensors")):
         with base.weights():
@@ -106,9 +106,15 @@ def _rows(tensor: LazyTensor, first: int, count: int) -> torch.Tensor:
     return tensor.load()[first : first + count].clone()
 
 
-def _check_trainable(state: AdapterState) -> None:
+def _check_trainable(state: AdapterState, base: Pretrained) -> None:
     if state.format != "peft":
         raise ValueError(f"{state.source} is no PEFT directory, but a {state.layout}: it can be trained as it is")
+    ends = {base.family.hf_name(module) for module in ("embedding.word_embeddings", "output_layer")}
+    adapted = state.by_name.keys() | {parameter.rpartition(".")[0] for parameter in state.full}
+    if state.ties_embeddings and base.architecture.tied and ends & adapted:
+        raise ValueError(
+            f"{state.source / CONFIG_FILE}: ensure_weight_tying: an embedding and an output layer that train as one are not supported"
+        )
 
 
 def _without_base_copies(state: AdapterState, base: Pretrained) -> AdapterState:
@@ -153,10 +159,6 @@ def _whole_weights(state: AdapterState, config: LoraConfig, base: Pretrained) ->
         name = base.family.megatron_parts(module)[0]
         if len(tensor.shape) == 2 and name not in ("embedding.word_embeddings", "output_layer"):
             raise ValueError(f"{where} is a whole linear ({parameter}); only its low-rank term can be trained on")
-        if len(tensor.shape) == 2 and state.ties_embeddings and base.architecture.tied:
-            raise ValueError(
-                f"{where} was trained as one with the output layer (ensure_weight_tying), which is not supported"
-            )
         found[f"{name}.weight"] = tensor
     return found
 

@@ -27,7 +27,7 @@ from mlora.description import INFO_FILE, read_info
 from mlora.model import build_model
 from mlora.pretrained import Pretrained
 from parallel.sizes import ParallelSizes
-from tests.mlora.conversion.adapters import PREFIX, tensors_of, write_adapter
+from tests.mlora.conversion.adapters import PREFIX, tensors_of, write_adapter, write_peft
 from tests.ranks import run_ranks
 from tests.tiny import GROUPS, HEADS, HIDDEN, LAYERS, write_model
 
@@ -289,6 +289,20 @@ def test_what_cannot_be_imported_is_named(tmp_path: Path, bare: Pretrained, name
     with pytest.raises(ValueError, match=BAD[name][1]) as caught:
         plan_import(open_adapter(tmp_path / "peft"), bare)
     assert str(tmp_path / "peft") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+)
+def test_ends_that_train_as_one_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    tied = write_model(tmp_path / "tied", "llama-tied")
+    write_peft(tmp_path / "peft", tied, ensure_weight_tying=True, **changes)
+    with pytest.raises(ValueError, match=r"peft/adapter_config\.json: ensure_weight_tying: .* are not supported"):
+        plan_import(open_adapter(tmp_path / "peft"), Pretrained.open(tied))
 
 
 def test_a_native_checkpoint_is_no_peft_directory(tmp_path: Path, bare: Pretrained) -> None:
