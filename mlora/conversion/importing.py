@@ -113,7 +113,7 @@ def _check_trainable(state: AdapterState, base: Pretrained) -> None:
     adapted = state.by_name.keys() | {parameter.rpartition(".")[0] for parameter in state.full}
     if state.ties_embeddings and base.architecture.tied and ends & adapted:
         raise ValueError(
-            f"{state.source / CONFIG_FILE}: ensure_weight_tying: an embedding and an output layer that train as one are not supported"
+            f"{state.source / CONFIG_FILE}: ensure_weight_tying: ends of the model that train as one are not supported"
         )
 
 
