@@ -27,8 +27,7 @@ from mlora.description import INFO_FILE, read_info
 from mlora.model import build_model
 from mlora.pretrained import Pretrained
 from parallel.sizes import ParallelSizes
-from tests.mlora.conversion import adapters
-from tests.mlora.conversion.adapters import PREFIX, tensors_of, write_adapter
+from tests.mlora.conversion.adapters import PREFIX, peft_model, tensors_of, write_adapter
 from tests.ranks import run_ranks
 from tests.tiny import GROUPS, HEADS, HIDDEN, LAYERS, write_model
 
@@ -301,7 +300,7 @@ def test_what_cannot_be_imported_is_named(tmp_path: Path, bare: Pretrained, name
 )
 def test_ends_that_train_as_one_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     tied = write_model(tmp_path / "tied", "llama-tied")
-    adapters.write_peft(tmp_path / "peft", tied, ensure_weight_tying=True, **changes)
+    peft_model(tied, ensure_weight_tying=True, **changes).save_pretrained(tmp_path / "peft")
     with pytest.raises(ValueError, match=r"peft/adapter_config\.json: ensure_weight_tying: .* are not supported"):
         plan_import(open_adapter(tmp_path / "peft"), Pretrained.open(tied))
 
