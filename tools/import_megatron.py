@@ -33,7 +33,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="base model's directory: its config.json, and the headers of its weights if they are there",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="CKPT", help="native checkpoint to make")
-    parser.add_argument("--peft", type=Path, metavar="DIR", help="PEFT directory to make, for every reader if it can be")
+    parser.add_argument(
+        "--peft", type=Path, metavar="DIR", help="PEFT directory to make, for every reader if it can be"
+    )
     parser.add_argument(
         "--alpha", type=float, metavar="X",
         help="numerator of the scaling, where neither run_config.yaml nor args.json is there to tell it",
