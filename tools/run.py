@@ -26,7 +26,7 @@ from mlora.objective import DataObjective
 from mlora.pretrained import Pretrained
 from mlora.sft.batches import BatchPlan, EvalPlan
 from mlora.sft.feed import Feed
-from mlora.spec import TransformerImpl
+from mlora.spec import TransformerImpl, transformer_engine_obstacle
 from mlora.targets import select
 from mlora.te import ways
 from mlora.train import OptimizerSettings, Trainer
@@ -171,7 +171,9 @@ def _setting(arguments: Arguments, base: Pretrained, sizes: ParallelSizes, adapt
         **arguments.objective.settings(),
         **({"--reference-adapter": frozen.digest()} if frozen else {}),
     }
-    transformer_impl = arguments.implementation.choose(base.architecture)
+    transformer_impl = arguments.implementation.transformer_impl
+    if transformer_impl != "local" and (why := transformer_engine_obstacle(base.architecture)):
+        raise UsageError(f"--transformer-impl {transformer_impl}: {why}")
     return Setting(
         arguments,
         base,

@@ -15,6 +15,7 @@ from mlora.attach import banks
 from mlora.loading import load_chunk
 from mlora.model import build_model
 from mlora.pretrained import Pretrained
+from mlora.spec import transformer_engine_obstacle
 from mlora.train import OptimizerSettings, Trainer
 from parallel.sizes import ParallelSizes
 from parallel.stages import named_modules
@@ -253,6 +254,8 @@ def error_of(rank: int, path: Path, sizes: ParallelSizes, arguments: dict[str, A
          "49 features of the MLP do not divide by tensor parallel size 2; 3 layers do not divide by 2 pipeline stages"),
         ("llama", {}, ParallelSizes(tensor=2, sequence_parallel=True), {"seq_length": 63},
          "sequences of 63 tokens do not divide by tensor parallel size 2"),
+        ("llama", {}, ONE, {"transformer_impl": "transformer_engine"},
+         'transformer_impl "transformer_engine": Transformer Engine is not installed; "local" can'),
         ("llama", {}, ONE, {"recompute_granularty": "full"}, "recompute_granularty is no field of Megatron's TransformerConfig"),
         ("llama", {}, ONE, {"hidden_size": 64}, "hidden_size = 64 cannot be given: the checkpoint and the sizes decide it"),
         ("llama", {}, ONE, {"attention_dropout": 0.1}, "attention_dropout = 0.1 cannot be given"),
@@ -340,3 +343,15 @@ def test_bfloat16_rounds_no_more_than_hugging_face(
     theirs = (hf_logits(models[kind], ids, dtype=torch.bfloat16).float() - exact).square().mean().sqrt()
     ours = (torch.from_numpy(logits)[..., :VOCAB] - exact).square().mean().sqrt()
     assert ours < 1.2 * theirs, (ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("llama", None), ("gemma2", "Transformer Engine's attention cannot cap the scores"), ("mistral-window", None)],
+)
+def test_what_transformer_engine_cannot_hold_is_known_before(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: str, why: str | None
+) -> None:
+    monkeypatch.setattr("megatron.core.extensions.transformer_engine.HAVE_TE", True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert transformer_engine_obstacle(Pretrained.open(models[kind]).architecture) == why

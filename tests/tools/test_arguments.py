@@ -12,7 +12,6 @@ from mlora.train import OptimizerSettings
 from mlora_tools.arguments import Arguments
 from mlora_tools.options import UsageError
 from parallel.sizes import ParallelSizes
-from tests.tiny import write_model
 
 
 def parse(*words: Any) -> Arguments:
@@ -54,11 +53,8 @@ def test_the_quickstarts_command_line() -> None:
         ),
         (["--lr-warmup-fraction", 1], "--lr-warmup-fraction 1.0 must be at least 0 and below 1"),
         (["--fp8-recipe", "tensorwise"], "--fp8-recipe and --fp8-param-gather go with --fp8-format"),
-        (["--fp8-format", "hybrid"], "--fp8-format needs --bf16"),
-        (
-            ["--fp8-format", "hybrid", "--bf16", "--transformer-impl", "local"],
-            "--fp8-format needs --transformer-impl transformer_engine",
-        ),
+        (["--transformer-impl", "transformer_engine", "--fp8-format", "hybrid"], "--fp8-format needs --bf16"),
+        (["--fp8-format", "hybrid", "--bf16"], "--fp8-format needs --transformer-impl transformer_engine"),
         (["--recompute-method", "block"], "--recompute-method goes with --recompute-granularity full"),
         (
             ["--recompute-granularity", "full", "--recompute-modules", "mlp"],
@@ -252,27 +248,7 @@ def test_every_option_is_plain_for_the_record() -> None:
     assert (plain["model"], plain["eval_data"], plain["lora_layers"], plain["lr"]) == ("m", ["e1", "e2"], [1], 2e-4)
 
 
-@pytest.mark.parametrize(("kind", "why"), [("llama", "Transformer Engine is not installed"), ("gemma2", "cannot cap")])
-def test_without_transformer_engine_the_layers_are_megatrons_local_ones(
-    tmp_path: Path, kind: str, why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from megatron.core.extensions import transformer_engine
-
-    from mlora.pretrained import Pretrained
-
-    if kind == "gemma2":  # The machine has all that is needed, and the model does not fit.
-        monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
-        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    architecture = Pretrained.open(write_model(tmp_path / kind, kind)).architecture
-    with caplog.at_level("INFO"):
-        assert parse().implementation.choose(architecture) == "local"
-    assert why in caplog.text
-    with pytest.raises(UsageError, match=f"--fp8-format: .*{why}"):
-        parse("--fp8-format", "hybrid", "--bf16").implementation.choose(architecture)
-    assert parse("--transformer-impl", "transformer_engine").implementation.choose(architecture) == "transformer_engine"
-
-
 def test_fp8_in_megatrons_words() -> None:
     assert parse().implementation.overrides() == {}
-    words = ("--bf16", "--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--fp8-param-gather")
+    words = "--bf16 --transformer-impl transformer_engine --fp8-format hybrid --fp8-recipe tensorwise --fp8-param-gather".split()
     assert parse(*words).implementation.overrides() == {"fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_param": True}
