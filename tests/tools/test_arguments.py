@@ -250,5 +250,14 @@ def test_every_option_is_plain_for_the_record() -> None:
 
 def test_fp8_in_megatrons_words() -> None:
     assert parse().implementation.overrides() == {}
-    words = "--bf16 --transformer-impl transformer_engine --fp8-format hybrid --fp8-recipe tensorwise --fp8-param-gather".split()
+    words = [
+        "--bf16",
+        "--transformer-impl",
+        "transformer_engine",
+        "--fp8-format",
+        "hybrid",
+        "--fp8-recipe",
+        "tensorwise",
+        "--fp8-param-gather",
+    ]
     assert parse(*words).implementation.overrides() == {"fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_param": True}
