@@ -17,28 +17,56 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None,
     SIGTERM ends it like Ctrl-C, so that what is half written is removed.
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    _interruption.asked = False
+    signals = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # A shell's background jobs ignore it.
+        signals.append(signal.SIGINT)
+    previous = {number: signal.signal(number, _interruption.ask) for number in signals}
     try:
         with one_line_errors(0) as outcome:
             return main(argv)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return failure if outcome.code == 1 else outcome.code
 
 
 @contextmanager
 def progress(total: int, title: str) -> Iterator[Callable[[int], Any]]:
-    """A function to tell of bytes that are done; a bar appears after two seconds, or a line says that there is no tqdm for it."""
+    """A function to tell of bytes that are done; a bar appears after two seconds, or a line says that there is no tqdm for it.
+
+    It raises KeyboardInterrupt if a signal has asked for that before, and been overheard.
+    """
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
         if sys.stderr.isatty():
             print(f"{title}: no progress bar, because tqdm is not installed", file=sys.stderr)
-        yield lambda size: None
+        yield lambda size: _interruption.check()
         return
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=2, dynamic_ncols=True, leave=False) as bar:
-        yield bar.update
+
+        def advance(size: int) -> None:
+            _interruption.check()
+            bar.update(size)
+
+        yield advance
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class _Interruption:
+    """Whether a signal has asked the tool to end. Python drops what a signal's handler raises while a finaliser runs."""
+
+    asked = False
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        """The signals' handler."""
+        self.asked = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if one has."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+_interruption = _Interruption()

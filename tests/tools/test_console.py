@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +48,36 @@ def test_sigterm_ends_it_like_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None
     assert console.run(main, []) == 130
     assert cleaned == [True] and signal.getsignal(signal.SIGTERM) == before
     assert capsys.readouterr().err == "interrupted\n"
+
+
+class Finalised:
+    """Sends its process a signal when it goes."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self.number)
+        time.sleep(0.01)  # Here the handler runs, and what it raises is dropped.
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_python_drops_ends_it_at_the_next_piece_of_work(number: int) -> None:
+    reached: list[int] = []
+
+    def main(argv: Sequence[str] | None) -> int:
+        with console.progress(100, "merging") as advance:
+            thing: Any = Finalised(number)
+            del thing
+            for piece in range(3):
+                reached.append(piece)
+                advance(1)
+        return 0
+
+    assert console.run(main, []) == 130
+    assert reached == [0]
+    assert console.run(lambda argv: 0, []) == 0
 
 
 def test_a_bar_appears_after_two_seconds_only(capsys: pytest.CaptureFixture[str]) -> None:
