@@ -1,5 +1,6 @@
 """Modules that train whole, and the low-rank terms of the model's ends: checkpoints, PEFT in both directions, switching."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,13 +101,11 @@ def _train(
 @pytest.fixture(scope="module")
 def trained(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path | None], Any]:
     """(world, where its start lies) -> (folder, what rank 0 found); each is made once."""
-    made: dict[Any, Any] = {}
 
+    @functools.cache
     def run(world: str, resumed: Path | None = None) -> Any:
-        if (world, resumed) not in made:
-            (size, sizes), folder = WORLDS[world], tmp_path_factory.mktemp("run")
-            made[world, resumed] = folder, run_ranks(size, _train, models, sizes, folder, resumed, sizes=sizes)[0]
-        return made[world, resumed]
+        (size, sizes), folder = WORLDS[world], tmp_path_factory.mktemp("run")
+        return folder, run_ranks(size, _train, models, sizes, folder, resumed, sizes=sizes)[0]
 
     return run
 

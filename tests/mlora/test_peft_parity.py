@@ -1,5 +1,6 @@
 """Training at every layout against Hugging Face PEFT in one process: every loss, norm, rate, gradient, weight and logit."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from mlora.checkpoint import save_checkpoint
 from mlora.conversion import open_adapter
 from mlora.conversion.peft_writer import write_peft
 from mlora.conversion.profiles import peft_adapter
-from tests.peft_oracle import exported_logits, train_with_peft
+from tests.parity import in_peft, write_models
+from tests.peft_oracle import exported_logits
 from tests.ranks import run_ranks
-from tests.tiny import write_model
 from tests.training import LAYOUTS, Case, Layout, Run, Share, adapt, failures, join, train, train_all
 
 # B is not zero at the start, so that every factor gets a gradient from the first step on. 5 does not divide by 2.
@@ -54,30 +55,24 @@ def train_and_save(
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {kind: write_model(folder / kind, kind) for kind in {case.kind for case in CASES.values()}}
+    return write_models(tmp_path_factory.mktemp("models"), CASES)
 
 
 @pytest.fixture(scope="module")
 def shares(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Shares:
     """Name of a layout -> every rank's share of every case, and the checkpoints' folder. Each layout runs once."""
-    made: dict[str, tuple[list[dict[str, Share]], Path]] = {}
 
+    @functools.cache
     def run(name: str) -> tuple[list[dict[str, Share]], Path]:
-        if name not in made:
-            layout, folder = LAYOUTS[name], tmp_path_factory.mktemp("checkpoints")
-            ranks = run_ranks(layout.world, train_and_save, models, CASES, layout, folder, sizes=layout.sizes)
-            made[name] = ranks, folder
-        return made[name]
+        layout, folder = LAYOUTS[name], tmp_path_factory.mktemp("checkpoints")
+        return run_ranks(layout.world, train_and_save, models, CASES, layout, folder, sizes=layout.sizes), folder
 
     return run
 
 
 @pytest.fixture(scope="module")
 def references(models: dict[str, Path], shares: Shares) -> dict[str, Run]:
-    """Every case in PEFT, from the weights that we start from in one process."""
-    (ours,), _ = shares("TP1")
-    return {name: train_with_peft(models[case.kind], case, join([ours[name]]).initial) for name, case in CASES.items()}
+    return in_peft(models, CASES, shares("TP1")[0])
 
 
 @pytest.mark.parametrize("case", CASES)

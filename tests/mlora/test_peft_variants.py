@@ -1,15 +1,12 @@
 """Every kind of adapter trained at sharded layouts against Hugging Face PEFT with the same configuration."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mlora import LoraConfig
-from tests.peft_oracle import train_with_peft
-from tests.ranks import run_ranks
-from tests.tiny import write_model
-from tests.training import LAYOUTS, Case, Run, Share, failures, join, train_all
+from tests.parity import Shares, in_peft, shares_of, write_models
+from tests.training import Case, Run, failures, join
 
 LORA = {"r": 4, "lora_alpha": 8, "init_lora_weights": False}
 CASES = {
@@ -50,36 +47,21 @@ CASES = {
     "no warm-up": Case(lora=LoraConfig(**LORA), settings={"warmup_iters": 0, "decay_iters": 5}),
 }
 SHARDED = ["TP2", "TP2+SP", "PP2", "PP2xVPP2", "DP2"]
-Shares = Callable[[str], list[dict[str, Share]]]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {"llama": write_model(tmp_path_factory.mktemp("models") / "llama")}
+    return write_models(tmp_path_factory.mktemp("models"), CASES)
 
 
 @pytest.fixture(scope="module")
 def shares(models: dict[str, Path]) -> Shares:
-    """Name of a layout -> every rank's share of every case. Each layout runs once."""
-    made: dict[str, list[dict[str, Share]]] = {}
-
-    def run(name: str) -> list[dict[str, Share]]:
-        if name not in made:
-            layout = LAYOUTS[name]
-            made[name] = run_ranks(layout.world, train_all, models, CASES, layout, sizes=layout.sizes)
-        return made[name]
-
-    return run
+    return shares_of(models, CASES)
 
 
 @pytest.fixture(scope="module")
 def references(models: dict[str, Path], shares: Shares) -> dict[str, Run]:
-    """Every case in PEFT, from the weights that we start from."""
-    ranks = shares("TP2")
-    return {
-        name: train_with_peft(models["llama"], case, join([share[name] for share in ranks]).initial)
-        for name, case in CASES.items()
-    }
+    return in_peft(models, CASES, shares("TP2"))
 
 
 @pytest.mark.parametrize("case", CASES)

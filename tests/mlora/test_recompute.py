@@ -1,5 +1,6 @@
 """Activations that backward computes again: the same run, bit for bit, as with all of them kept."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -84,13 +85,11 @@ def watch(chunks: Sequence[torch.nn.Module]) -> Counter[str]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Name of a layout -> every rank's runs. Each layout runs once."""
     path = write_model(tmp_path_factory.mktemp("models") / "llama")
-    made: dict[str, Any] = {}
 
+    @functools.cache
     def run(name: str) -> Any:
-        if name not in made:
-            layout = LAYOUTS[name]
-            made[name] = run_ranks(layout.world, train_all_ways, path, layout, sizes=layout.sizes)
-        return made[name]
+        layout = LAYOUTS[name]
+        return run_ranks(layout.world, train_all_ways, path, layout, sizes=layout.sizes)
 
     return run
 

@@ -1,16 +1,13 @@
 """Embedding, output layer and norms, trained whole or by low-rank terms, at every layout against Hugging Face PEFT."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from mlora import LoraConfig
-from tests.peft_oracle import train_with_peft
-from tests.ranks import run_ranks
-from tests.tiny import write_model
-from tests.training import LAYOUTS, PADDING, Case, Run, Share, failures, join, train_all
+from tests.parity import Shares, in_peft, shares_of, write_models
+from tests.training import LAYOUTS, PADDING, Case, Run, failures, join
 
 LORA = {"r": 5, "lora_alpha": 10, "init_lora_weights": False}
 ENDS = ["embed_tokens", "lm_head"]
@@ -38,36 +35,21 @@ CASES = {
     "dora": Case(kind="qwen2", lora=LoraConfig(**LORA, target_modules=["k_proj", "lm_head"], use_dora=True)),
     "pissa": Case(lora=LoraConfig(r=4, lora_alpha=3, target_modules=["v_proj", "lm_head"], init_lora_weights="pissa")),
 }
-Shares = Callable[[str], list[dict[str, Share]]]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        kind: write_model(folder / kind, kind, pad_token_id=PADDING) for kind in {case.kind for case in CASES.values()}
-    }
+    return write_models(tmp_path_factory.mktemp("models"), CASES, pad_token_id=PADDING)
 
 
 @pytest.fixture(scope="module")
 def shares(models: dict[str, Path]) -> Shares:
-    """Name of a layout -> every rank's share of every case. Each layout runs once."""
-    made: dict[str, list[dict[str, Share]]] = {}
-
-    def run(name: str) -> list[dict[str, Share]]:
-        if name not in made:
-            layout = LAYOUTS[name]
-            made[name] = run_ranks(layout.world, train_all, models, CASES, layout, sizes=layout.sizes)
-        return made[name]
-
-    return run
+    return shares_of(models, CASES)
 
 
 @pytest.fixture(scope="module")
 def references(models: dict[str, Path], shares: Shares) -> dict[str, Run]:
-    """Every case in PEFT, from the weights that we start from in one process."""
-    (ours,) = shares("TP1")
-    return {name: train_with_peft(models[case.kind], case, join([ours[name]]).initial) for name, case in CASES.items()}
+    return in_peft(models, CASES, shares("TP1"))
 
 
 @pytest.mark.parametrize("case", CASES)

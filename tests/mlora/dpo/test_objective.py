@@ -1,6 +1,7 @@
 """DPO at every layout against PEFT and the published formula in plain torch: losses, metrics, gradients, updated weights."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,13 +195,10 @@ Shares = Callable[[str], list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def shares(folder: Path) -> Shares:
-    made: dict[str, list[dict[str, Any]]] = {}
-
+    @functools.cache
     def run(name: str) -> list[dict[str, Any]]:
-        if name not in made:
-            layout = LAYOUTS[name]
-            made[name] = run_ranks(layout.world, train_pairs, folder, list(RUNS), layout, sizes=layout.sizes)
-        return made[name]
+        layout = LAYOUTS[name]
+        return run_ranks(layout.world, train_pairs, folder, list(RUNS), layout, sizes=layout.sizes)
 
     return run
 
