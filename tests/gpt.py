@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -24,6 +25,7 @@ from parallel.sizes import ParallelSizes
 from parallel.stages import named_modules
 
 VOCAB, HIDDEN, FFN, LAYERS, HEADS, GROUPS, LENGTH, ROWS = 64, 32, 48, 4, 8, 4, 16, 2
+MICRO_BATCHES = 4  # of a global batch
 
 
 def config_of(sizes: ParallelSizes, **changes: Any) -> TransformerConfig:
@@ -82,6 +84,18 @@ def build(
         _fill(chunk)
         chunks.append(chunk)
     return chunks
+
+
+def build_to_train(sizes: ParallelSizes, dtype: torch.dtype = torch.float32) -> list[GPTModel]:
+    """As :func:`build`, with what :class:`mlora.train.Trainer` asks of a model."""
+    return build(
+        sizes,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+    )
 
 
 def _spec(
@@ -151,6 +165,22 @@ def micro_batch(number: int) -> dict[str, torch.Tensor]:
     """Tokens and labels [b, s] of a micro batch."""
     ids = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(number))
     return {"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+
+
+def global_batch(iteration: int) -> list[dict[str, Any]]:
+    """This rank's micro batches of an iteration, as :meth:`mlora.train.Trainer.step` takes them."""
+    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    share = MICRO_BATCHES // ranks
+    return [
+        {
+            **micro_batch(iteration * MICRO_BATCHES + number),
+            "position_ids": torch.arange(LENGTH).expand(ROWS, LENGTH),
+            "loss_mask": torch.ones(ROWS, LENGTH),
+            "attention_mask": None,
+            "first_row": number * ROWS,
+        }
+        for number in range(rank * share, (rank + 1) * share)
+    ]
 
 
 def run(chunks: Sequence[torch.nn.Module], *, count: int = 2, step: int = 0, forward_only: bool = False) -> float:

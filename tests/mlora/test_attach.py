@@ -11,7 +11,6 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import Float16Module
 
@@ -173,35 +172,14 @@ def trainer(chunks: list[Any]) -> Trainer:
 
 
 def train(trainer: Trainer, steps: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of steps of four micro batches over all data-parallel ranks."""
-    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    share = 4 // ranks
-    results = []
-    for iteration in range(steps):
-        batches = [
-            {
-                **gpt.micro_batch(iteration * 4 + number),
-                "position_ids": torch.arange(gpt.LENGTH).expand(gpt.ROWS, -1),
-                "loss_mask": torch.ones(gpt.ROWS, gpt.LENGTH),
-                "attention_mask": None,
-                "first_row": number * gpt.ROWS,
-            }
-            for number in range(rank * share, (rank + 1) * share)
-        ]
-        result = trainer.step(batches, iteration)
-        results.append((result.loss, result.grad_norm))
-    return results
+    """(loss, gradient norm) of each step."""
+    results = [trainer.step(gpt.global_batch(iteration), iteration) for iteration in range(steps)]
+    return [(result.loss, result.grad_norm) for result in results]
 
 
 def trained(rank: int, sizes: ParallelSizes, config: LoraConfig) -> tuple[list[tuple[float, float]], gpt.Pieces, int]:
     """(losses and norms, weights after two steps, number of this rank's adapted linears); the base has not moved."""
-    chunks = gpt.build(
-        sizes,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
-        calculate_per_token_loss=True,
-        finalize_model_grads_func=finalize_model_grads,
-    )
+    chunks = gpt.build_to_train(sizes)
     mlora.apply(chunks, config)
     gpt.fill_adapter(chunks)
     before = [{key: copy.deepcopy(value) for key, value in chunk.state_dict().items()} for chunk in chunks]

@@ -24,7 +24,6 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 
 import mlora
@@ -45,7 +44,6 @@ from tests import gpt
 from tests.ranks import end_writers, run_ranks
 
 CONFIG = LoraConfig(r=3, lora_alpha=6, rank_pattern={"v_proj": 2}, modules_to_save=["model.norm"], seed=5)
-MICRO_BATCHES = 4
 LAYOUTS = {
     "TP1": (1, ParallelSizes()),
     "DP2": (2, ParallelSizes()),
@@ -101,32 +99,14 @@ def test_values_that_make_no_sense_are_named(words: str, message: str) -> None:
 
 
 def _trainer(sizes: ParallelSizes, config: LoraConfig) -> Trainer:
-    chunks = gpt.build(
-        sizes,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
-        calculate_per_token_loss=True,
-        finalize_model_grads_func=finalize_model_grads,
-    )
+    chunks = gpt.build_to_train(sizes)
     mlora.apply(chunks, config)
     save_adapter_only(chunks)
     return Trainer(chunks, OptimizerSettings(lr=1e-2, decay_iters=8))
 
 
 def _step(trainer: Trainer, iteration: int) -> tuple[float, float]:
-    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    share = MICRO_BATCHES // ranks
-    batches = [
-        {
-            **gpt.micro_batch(iteration * MICRO_BATCHES + number),
-            "position_ids": torch.arange(gpt.LENGTH).expand(gpt.ROWS, gpt.LENGTH),
-            "loss_mask": torch.ones(gpt.ROWS, gpt.LENGTH),
-            "attention_mask": None,
-            "first_row": number * gpt.ROWS,
-        }
-        for number in range(rank * share, (rank + 1) * share)
-    ]
-    result = trainer.step(batches, iteration)
+    result = trainer.step(gpt.global_batch(iteration), iteration)
     return result.loss, result.grad_norm
 
 

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megatron.core import parallel_state
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 import mlora
@@ -26,7 +24,7 @@ from parallel.sizes import ParallelSizes
 from tests import gpt
 from tests.ranks import run_ranks
 
-STOP, END, MICRO_BATCHES = 2, 4, 4
+STOP, END = 2, 4
 SETTINGS = {
     "lr": 1e-2,
     "min_lr": 1e-3,
@@ -63,32 +61,9 @@ LAYOUTS = {
 
 
 def _trainer(sizes: ParallelSizes, config: LoraConfig, dtype: torch.dtype, settings: dict[str, Any]) -> Trainer:
-    chunks = gpt.build(
-        sizes,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        calculate_per_token_loss=True,
-        finalize_model_grads_func=finalize_model_grads,
-    )
+    chunks = gpt.build_to_train(sizes, dtype)
     mlora.apply(chunks, config)
     return Trainer(chunks, OptimizerSettings(**settings))
-
-
-def _batches(iteration: int) -> list[dict[str, Any]]:
-    """This rank's micro batches of a global batch."""
-    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    share = MICRO_BATCHES // ranks
-    return [
-        {
-            **gpt.micro_batch(iteration * MICRO_BATCHES + number),
-            "position_ids": torch.arange(gpt.LENGTH).expand(gpt.ROWS, gpt.LENGTH),
-            "loss_mask": torch.ones(gpt.ROWS, gpt.LENGTH),
-            "attention_mask": None,
-            "first_row": number * gpt.ROWS,
-        }
-        for number in range(rank * share, (rank + 1) * share)
-    ]
 
 
 def _draw() -> list[float]:
@@ -101,7 +76,7 @@ def _draw() -> list[float]:
 def _train(trainer: Trainer, first: int, end: int) -> list[list[float]]:
     record = []
     for iteration in range(first, end):
-        result = trainer.step(_batches(iteration), iteration)
+        result = trainer.step(gpt.global_batch(iteration), iteration)
         record.append([result.loss, result.grad_norm, result.lr, *_draw()])
     return record
 
@@ -158,7 +133,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     made: dict[Any, tuple[Path, list[list[list[float]]]]] = {}
 
     def run(layout: str, config: LoraConfig, dtype: torch.dtype) -> tuple[Path, list[list[list[float]]]]:
-        key = layout, config.to_dict()["r"], dtype
+        key = layout, config.r, dtype
         if key not in made:
             folder, place = tmp_path_factory.mktemp("run"), LAYOUTS[layout]
             record = run_ranks(place.size, _never_stop, place.sizes, config, dtype, folder, sizes=place.sizes)
