@@ -1,0 +1,203 @@
+"""DPO on Transformer Engine's layers: against PEFT and the published formula, Megatron's local layers, and by command line."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+import mlora
+from mlora import LoraConfig
+from mlora.logits import whole_logits
+from mlora.pretrained import Pretrained
+from mlora.sft.batches import EvalPlan
+from mlora.sft.feed import Feed
+from mlora.te import ways
+from mlora.train import Trainer
+from parallel.launch import distributed
+from parallel.sizes import ParallelSizes
+from tests.gpt import pieces
+from tests.gpu.test_training import BF16, FULL, TE, Off, much_worse, worst
+from tests.mlora.conversion.adapters import write_peft as write_with_peft
+from tests.mlora.dpo.test_objective import PAIRS, batch_of, formula, plan, rows
+from tests.mlora.dpo.test_objective import Run as Dpo
+from tests.peft_oracle import train_with_peft
+from tests.tiny import VOCAB, tokens, write_model
+from tests.training import (
+    LENGTH,
+    ROWS,
+    Case,
+    Run,
+    Share,
+    adapt,
+    failures,
+    join,
+    main_gradients,
+    optimizer_elements,
+    peft_names,
+)
+
+LORA: dict[str, Any] = {"r": 5, "lora_alpha": 10, "init_lora_weights": False}
+RUNS = {
+    "base": Dpo(Case(lora=LoraConfig(**LORA, lora_dropout=0.2, seed=3), steps=3, overrides=TE), beta=0.5),
+    "named": Dpo(
+        # Recomputed, backward runs layers again when the reference is off already.
+        Case(kind="qwen2-tied", lora=LoraConfig(**LORA), steps=3, overrides={**TE, **FULL}),
+        beta=0.1,
+        smoothing=0.2,
+        named=True,
+    ),
+}
+Metrics = list[dict[str, float]]
+
+
+@dataclass
+class Trained:
+    """A run, the metrics of its steps, and (loss, pairs, target tokens) of the evaluation at its end."""
+
+    run: Run
+    metrics: Metrics
+    evaluation: list[float]
+    ways: set[str]
+
+
+def train_pairs(folder: Path, dpo: Dpo) -> Trained:
+    """The run of ``dpo``."""
+    case, one = dpo.case, ParallelSizes()
+    chunks = adapt(folder / case.kind, case, one)
+    if dpo.named:
+        mlora.load_adapter(chunks, folder / "reference", "reference", base=Pretrained.open(folder / case.kind))
+    trainer = Trainer(chunks, case.optimizer, dpo.objective())
+    device = torch.device(torch.cuda.current_device())
+    feed = Feed(rows(), micro_batch_size=4, dp_rank=0, dp_size=1, device=device, packed=False, rows_of_item=2)
+    ids = tokens(length=LENGTH)
+    initial, before, gradients = pieces(chunks), whole_logits(chunks, ids, VOCAB).cpu(), {}
+    base = {name: p.detach().clone() for name, p in chunks[0].named_parameters() if ".lora." not in name}
+    steps, metrics = [], []
+    for iteration in range(case.steps):
+        result = trainer.step(feed.batch(plan().rows(iteration)), iteration)
+        steps.append((result.loss, result.grad_norm, result.lr))
+        metrics.append(dict(result.metrics))
+        if iteration == 0:
+            gradients = main_gradients(chunks)
+    held = EvalPlan(PAIRS, ROWS)
+    first, *more = [trainer.evaluate(feed.batch(held.rows(number))) for number in range(held.num_batches)]
+    totals = sum(more, first)
+    after = dict(chunks[0].named_parameters())
+    assert all(torch.equal(after[name], bits) for name, bits in base.items())
+    logits = whole_logits(chunks, ids, VOCAB).cpu()
+    elements = optimizer_elements(trainer)
+    share = Share(steps, peft_names(chunks), initial, gradients, pieces(chunks), before, logits, elements)
+    evaluation = [totals.mean_loss, totals.units, totals.target_tokens]
+    return Trained(join([share]), metrics, evaluation, {way.partition(":")[0] for way in ways(chunks).values()})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("models")
+    for dpo in RUNS.values():
+        write_model(made / dpo.case.kind, dpo.case.kind, shard_size="1GB")
+    write_with_peft(made / "reference", made / RUNS["named"].case.kind, seed=4, target_modules=["q_proj", "up_proj"])
+    return made
+
+
+@pytest.fixture(scope="module")
+def exact(folder: Path) -> Callable[[str], Trained]:
+    """The runs in float32."""
+    made: dict[str, Trained] = {}
+
+    def run(name: str) -> Trained:
+        if name not in made:
+            made[name] = train_pairs(folder, RUNS[name])
+        return made[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_training_is_pefts_with_the_published_loss(folder: Path, exact: Callable[[str], Trained], name: str) -> None:
+    dpo, ours = RUNS[name], exact(name)
+    expected: Metrics = []
+
+    def loss_of(model: Any, iteration: int) -> torch.Tensor:
+        loss, metrics = formula(model, dpo, batch_of(plan().rows(iteration)), folder)
+        expected.append(metrics)
+        return loss
+
+    theirs = train_with_peft(folder / dpo.case.kind, dpo.case, ours.run.initial, loss_of)
+    assert not failures(ours.run, theirs)
+    for found, metrics in zip(ours.metrics, expected, strict=True):
+        assert found == {key: pytest.approx(value, rel=1e-4, abs=1e-5) for key, value in metrics.items()}
+    assert max(abs(step["reward_margin"]) for step in expected) > 0.01  # The adapter is not the reference.
+    assert ours.evaluation[1] == PAIRS
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_in_bfloat16_it_is_as_exact_as_on_local_layers(
+    folder: Path, exact: Callable[[str], Trained], name: str
+) -> None:
+    """The named reference is an adapter of float32, which is not fused: at each step the weights leave their buffers and return."""
+    case, reference = RUNS[name].case, exact(name)
+    ours, theirs = (
+        train_pairs(folder, replace(RUNS[name], case=replace(case, overrides={**case.overrides, **BF16, **changes})))
+        for changes in ({}, {"transformer_impl": "local"})
+    )
+    assert not much_worse(*(errors_of(trained, reference) for trained in (ours, theirs)))
+    off, yardstick = (
+        max(abs(a[key] - b[key]) for a, b in zip(trained.metrics, reference.metrics, strict=True) for key in a)
+        for trained in (ours, theirs)
+    )
+    assert off < 2 * yardstick + 0.02  # of rewards, which are numbers of about 1.
+    assert ours.ways == {"fused"}
+
+
+def errors_of(trained: Trained, reference: Trained) -> Off:
+    found = worst(trained.run, reference.run)
+    loss, theirs = trained.evaluation[0], reference.evaluation[0]
+    return {**found, "losses": max(found["losses"], abs(loss - theirs) / theirs)}
+
+
+def test_the_reference_is_the_policy_where_the_adapter_adds_nothing(folder: Path) -> None:
+    """With B = 0 every reward is rounding and nothing else, in bfloat16 too: the loss is log 2."""
+    lora = LoraConfig(r=5, lora_alpha=10)
+    case = Case(lora=lora, steps=1, overrides={**TE, **BF16})
+    trained = train_pairs(folder, Dpo(case, beta=0.1))
+    assert trained.run.losses[0] == pytest.approx(0.693147, abs=2e-3)
+    assert abs(trained.metrics[0]["reward_margin"]) < 4e-3
+
+
+@pytest.fixture
+def no_world() -> Iterator[None]:
+    """The trainer forms a world of its own: this process leaves the tests' one, and forms it anew."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    yield
+    distributed(ParallelSizes()).__enter__()
+
+
+def test_the_command_line_trains_on_pairs(folder: Path, tmp_path: Path, no_world: None) -> None:
+    """Start to end: pairs come apart, and the reference is the same one in a run that goes on."""
+    pytest.importorskip("tokenizers")
+    from mlora_tools.finetune_lora import main
+    from tests.tools.runs import metrics, write_base
+    from tests.tools.test_dpo import write_preferences
+
+    base = write_base(tmp_path / "base")
+    write_preferences(tmp_path / "train.jsonl", 30)
+    write_preferences(tmp_path / "heldout.jsonl", 7, first=30)
+    words = [
+        *("--model", base, "--data", tmp_path / "train.jsonl", "--eval-data", tmp_path / "heldout.jsonl"),
+        *("--objective", "dpo", "--seq-length", 24, "--global-batch-size", 8, "--micro-batch-size", 4, "--lr", 0.02),
+        *("--train-iters", 6, "--save-interval", 3, "--lora-rank", 5, "--lora-dropout", 0.2, "--bf16"),
+        *("--transformer-impl", "transformer_engine", "--output", tmp_path / "run"),
+    ]
+    assert main([str(word) for word in words]) == 0
+    records = metrics(tmp_path / "run")
+    before, after = [record for record in records if "eval_loss" in record]
+    assert before["eval_loss"] == pytest.approx(0.6931, abs=2e-3)  # log 2: the adapter does nothing yet.
+    assert after["eval_loss"] < 0.6 and after["eval_reward_margin"] > 0.2
+    assert (tmp_path / "run" / "peft" / "adapter_model.safetensors").is_file()
