@@ -2,11 +2,11 @@
 for TensorBoard and Weights & Biases."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlora_tools.text_file import write_text
 from parallel.errors import naming
 
 _NAMES = {
@@ -54,7 +54,7 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         self.records = [record for record in _read(path) if record["iteration"] <= start]
-        _write(path, self.records)
+        write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._path = path
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(tensorboard), purge_step=start + 1)
@@ -113,12 +113,3 @@ def _read(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}:{number}: not a record of metrics") from None
         records.append(record)
     return records
-
-
-def _write(path: Path, records: list[dict[str, Any]]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with naming(partial), partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

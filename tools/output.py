@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +11,7 @@ from typing import Any
 
 from mlora_tools.resumption import Resumption
 from mlora_tools.run_files import RunFiles
-from parallel.errors import naming
+from mlora_tools.text_file import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -117,13 +116,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         OSError: it cannot be written; it is named.
     """
-    partial = path.with_name(path.name + ".partial")
-    with naming(partial), partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _change(name: str, before: Any, now: Any) -> str:

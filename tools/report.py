@@ -4,7 +4,6 @@ The page needs nothing beside it and fetches nothing. It can be written while th
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from mlora_tools.console import run
 from mlora_tools.options import UsageError
 from mlora_tools.recording import Recording
 from mlora_tools.run_files import RunFiles
+from mlora_tools.text_file import write_text
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -31,9 +31,7 @@ def _report(argv: Sequence[str] | None) -> int:
         raise UsageError(f"{error.name} not installed: pip install 'megatron-mlora[train]'") from None
     text = render(recording)
     path: Path = arguments.output or RunFiles(arguments.run).report
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, text)
     for sentence in recording.missing:
         print(f"note: {sentence}", file=sys.stderr)
     print(path)

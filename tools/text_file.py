@@ -1,0 +1,20 @@
+"""Text files that are there whole, or as they were before."""
+
+import os
+from pathlib import Path
+
+from parallel.errors import naming
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears whole, in place of the one that may be there.
+
+    Raises:
+        OSError: it cannot be written; it is named.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with naming(partial), partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
