@@ -103,6 +103,7 @@ def add_group(parser: argparse.ArgumentParser, group: type) -> dict[str, tuple[F
 
 
 def flag(name: str) -> str:
+    """The option that gives a field."""
     return "--" + name.replace("_", "-")
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from mlora.options import Lora
 from mlora_tools.implementation import Implementation
 from mlora_tools.objective import Objective
-from mlora_tools.options import Help, UsageError, check_at_least, check_positive, parse
+from mlora_tools.options import Help, UsageError, check_at_least, check_positive, flag, parse
 from mlora_tools.reports import Reports
 from parallel.sizes import ParallelSizes
 
@@ -154,7 +154,7 @@ class Batches:
             ("recompute_modules", "selective"),
         ):
             if getattr(self, name) is not None and self.recompute_granularity != needed:
-                raise UsageError(f"--{name.replace('_', '-')} goes with --recompute-granularity {needed}")
+                raise UsageError(f"{flag(name)} goes with --recompute-granularity {needed}")
         for module in self.recompute_modules or ():
             if module not in _RECOMPUTABLE:  # Megatron's others need Transformer Engine or experts.
                 raise UsageError(f"--recompute-modules {module}: it can be {' and '.join(_RECOMPUTABLE)}")
@@ -204,7 +204,7 @@ class Schedule:
             raise UsageError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} must be below 1")
+                raise UsageError(f"{flag(name)} {getattr(self, name)} must be below 1")
         if self.lr_warmup_fraction is not None:
             if not 0 <= self.lr_warmup_fraction < 1:
                 raise UsageError(f"--lr-warmup-fraction {self.lr_warmup_fraction} must be at least 0 and below 1")
@@ -262,12 +262,10 @@ class Arguments:
             raise UsageError("--fp8-format needs --bf16")
         twice = sorted(given & set(Lora.__dataclass_fields__) - {"lora_config"})
         if lora.lora_config is not None and twice:
-            raise UsageError(f"--lora-config is given, so --{twice[0].replace('_', '-')} must be in {lora.lora_config}")
+            raise UsageError(f"--lora-config is given, so {flag(twice[0])} must be in {lora.lora_config}")
         fixed = sorted(given & set(Lora.__dataclass_fields__) - {"lora_adapter_dtype"})
         if inputs.resume_from_peft is not None and fixed:
-            raise UsageError(
-                f"--{fixed[0].replace('_', '-')} is that of {inputs.resume_from_peft} (--resume-from-peft)"
-            )
+            raise UsageError(f"{flag(fixed[0])} is that of {inputs.resume_from_peft} (--resume-from-peft)")
         return cls(
             inputs=inputs,
             objective=objective,

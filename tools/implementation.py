@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from mlora.options import Help, UsageError
+from mlora_tools.options import Help, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)

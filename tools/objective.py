@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mlora_tools.options import Help, UsageError, check_positive
+from mlora_tools.options import Help, UsageError, check_positive, flag
 
 if TYPE_CHECKING:
     from mlora.objective import DataObjective
@@ -46,7 +46,7 @@ class Objective:
         if self.objective == "sft":
             for name in _OF_DPO:
                 if name in given:
-                    raise UsageError(f"--{name.replace('_', '-')} goes with --objective dpo")
+                    raise UsageError(f"{flag(name)} goes with --objective dpo")
         elif packing:
             raise UsageError(
                 "--packing does not go with --objective dpo: an answer's log-probability is summed over its row"

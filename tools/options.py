@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from mlora.options import Help, Kind, UsageError, add_group, flag
 
-__all__ = ["Help", "UsageError", "check_at_least", "check_positive", "parse"]
+__all__ = ["Help", "UsageError", "check_at_least", "check_positive", "flag", "parse"]
 
 CONFIG_OPTION = "config"
 

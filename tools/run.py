@@ -35,7 +35,7 @@ from mlora_tools.data import Dataset, load_data, open_tokenizer
 from mlora_tools.interruption import Interruption
 from mlora_tools.loop import EvalData, Loop, TrainData
 from mlora_tools.metrics import Metrics
-from mlora_tools.options import UsageError
+from mlora_tools.options import UsageError, flag
 from mlora_tools.output import Output, model_digest, versions
 from mlora_tools.plot import plot_losses
 from mlora_tools.progress import Progress
@@ -162,11 +162,11 @@ def _setting(arguments: Arguments, base: Pretrained, sizes: ParallelSizes, adapt
         "--eval-data": heldout.digest if heldout else None,
         "--eval-iters": arguments.reports.eval_iters,
         **{
-            _flag(name): getattr(batches, name)
+            flag(name): getattr(batches, name)
             for name in ("global_batch_size", "seq_length", "packing", "seed", "bf16")
         },
-        **{_flag(name): getattr(arguments.implementation, name) for name in ("fp8_format", "fp8_recipe")},
-        **{_OPTIONS.get(name, _flag(name)): value for name, value in dataclasses.asdict(optimizer).items()},
+        **{flag(name): getattr(arguments.implementation, name) for name in ("fp8_format", "fp8_recipe")},
+        **{_OPTIONS.get(name, flag(name)): value for name, value in dataclasses.asdict(optimizer).items()},
         **{f"LoRA's {name}": value for name, value in adapter.config.to_dict().items()},
         **arguments.objective.settings(),
         **({"--reference-adapter": frozen.digest()} if frozen else {}),
@@ -319,7 +319,3 @@ def _config(
         "parameters": {"trainable": trainable, "total": total},
         "starts": [*(output.read_config()["starts"] if output.config.is_file() else []), this_start],
     }
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
