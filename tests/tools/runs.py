@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,20 @@ def write_base(path: Path, kind: str = "llama", **changes: Any) -> Path:
 
 def write_pairs(path: Path, count: int, first: int = 0) -> Path:
     """Prompts and completions of several lengths."""
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(first, first + count):
-            letter = LETTERS[number % 26]
-            record = {
-                "prompt": f"{letter * (1 + number % 7)}: ",
-                "completion": f"{letter.upper()} {'abc'[number % 3] * 3}.",
-            }
-            file.write(json.dumps(record) + "\n")
+
+    def record(number: int) -> dict[str, str]:
+        letter = LETTERS[number % 26]
+        return {
+            "prompt": f"{letter * (1 + number % 7)}: ",
+            "completion": f"{letter.upper()} {'abc'[number % 3] * 3}.",
+        }
+
+    return write_records(path, map(record, range(first, first + count)))
+
+
+def write_records(path: Path, records: Iterable[dict[str, str]]) -> Path:
+    """JSONL."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 

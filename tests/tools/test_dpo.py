@@ -11,7 +11,7 @@ import mlora_tools.run  # noqa: F401  # Likewise.
 from mlora_tools.arguments import Arguments
 from mlora_tools.options import UsageError
 from tests.mlora.conversion.adapters import write_peft as write_with_peft
-from tests.tools.runs import LETTERS, metrics, run, write_base
+from tests.tools.runs import LETTERS, metrics, run, write_base, write_records
 
 TP2_PP2_SP = (
     "--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2, "--sequence-parallel"
@@ -20,16 +20,16 @@ TP2_PP2_SP = (
 
 def write_preferences(path: Path, count: int, first: int = 0) -> Path:
     """Pairs in which capital letters are preferred."""
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(first, first + count):
-            letter = LETTERS[number % 26]
-            record = {
-                "prompt": f"{letter * (1 + number % 5)}: ",
-                "chosen": letter.upper() * (2 + number % 3),
-                "rejected": f"{letter * 2}.",
-            }
-            file.write(json.dumps(record) + "\n")
-    return path
+
+    def record(number: int) -> dict[str, str]:
+        letter = LETTERS[number % 26]
+        return {
+            "prompt": f"{letter * (1 + number % 5)}: ",
+            "chosen": letter.upper() * (2 + number % 3),
+            "rejected": f"{letter * 2}.",
+        }
+
+    return write_records(path, map(record, range(first, first + count)))
 
 
 @pytest.fixture(scope="module")
