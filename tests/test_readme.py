@@ -32,7 +32,7 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 # This very test suite, the quickstart without the installation, and what learns in half a minute, with fewer iterations.
 REPLACED = {
     "bash tools/test.sh\n": "",
-    "bash tools/quickstart.sh\n": "python tools/quickstart.py --iterations 10\n",
+    "bash tools/quickstart.sh\n": "python tools/quickstart.py --pretrain-steps 40 --iterations 10\n",
     "python tools/example_grpo.py --output runs/grpo\n": "python tools/example_grpo.py --output runs/grpo --train-iters 2\n",
 }
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from mlora_tools.quickstart_data import Recipe, prepare
 from mlora_tools.quickstart_peft import Comparison, compare_with_peft, write_tokens
+from mlora_tools.run_files import RunFiles
 
 TOOLS = Path(__file__).resolve().parent
 TENSOR, PIPELINE = 2, 2
@@ -61,8 +62,8 @@ class Folders:
         return self.data / "heldout.jsonl"
 
     @property
-    def run(self) -> Path:
-        return self.work / "run"
+    def run(self) -> RunFiles:
+        return RunFiles(self.work / "run")
 
 
 @contextmanager
@@ -131,7 +132,7 @@ def train(folders: Folders, iterations: int, *, resume: bool, verbose: bool) -> 
         "model": folders.base,
         "data": folders.data / "train.jsonl",
         "eval-data": folders.heldout,
-        "output": folders.run,
+        "output": folders.run.path,
         "tensor-model-parallel-size": TENSOR,
         "pipeline-model-parallel-size": PIPELINE,
         "seq-length": Recipe.max_pair_tokens,
@@ -155,7 +156,7 @@ def megatron_logits(folders: Folders, *, verbose: bool) -> Path:
     write_tokens(folders.base, folders.heldout, folder / "tokens.safetensors")
     files = {
         "base": folders.base,
-        "checkpoints": folders.run / "checkpoints",
+        "checkpoints": folders.run.checkpoints,
         "tokens": folder / "tokens.safetensors",
         "output": folder / "logits.safetensors",
     }
@@ -171,17 +172,17 @@ def megatron_logits(folders: Folders, *, verbose: bool) -> Path:
     return files["output"]
 
 
-def check_files(run: Path) -> None:
+def check_files(run: RunFiles) -> None:
     """Everything that the trainer promises is there."""
-    names = ["peft/adapter_model.safetensors", "peft/adapter_config.json"]
-    for name in [*names, "checkpoints", "metrics.jsonl", "tensorboard", "loss.png", "config.json"]:
-        if not (run / name).exists():
-            raise Failed(f"the trainer did not write {run / name}.")
+    adapter = [run.peft / name for name in ("adapter_model.safetensors", "adapter_config.json")]
+    for path in (*adapter, run.checkpoints, run.metrics, run.ranks, run.tensorboard, run.plot, run.config):
+        if not path.exists():
+            raise Failed(f"the trainer did not write {path}.")
 
 
-def check_training(run: Path, iterations: int) -> dict[int, float]:
+def check_training(run: RunFiles, iterations: int) -> dict[int, float]:
     """The held-out loss by iteration, if the two runs did each iteration once and evaluated at both ends."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     evaluations = {record["iteration"]: record["eval_loss"] for record in records if "eval_loss" in record}
     done = [record["iteration"] for record in records if "loss" in record]
     if done != list(range(1, iterations + 1)):
@@ -206,7 +207,7 @@ def check_numbers(comparison: Comparison, evaluations: dict[int, float], iterati
 
 def report(folders: Folders, comparison: Comparison, evaluations: dict[int, float], iterations: int) -> None:
     """What came out, as a table."""
-    parameters = json.loads((folders.run / "config.json").read_text(encoding="utf-8"))["parameters"]
+    parameters = json.loads(folders.run.config.read_text(encoding="utf-8"))["parameters"]
     before, after = comparison.loss_before, comparison.loss_after
     print("\n== held-out pairs, before and after (greedy)")
     for example in comparison.examples:
@@ -222,21 +223,21 @@ def report(folders: Folders, comparison: Comparison, evaluations: dict[int, floa
         "trainable parameters": f"{trainable:,} of {total:,}  ({trainable / total:.1%}; the base is tiny)",
         "iterations": f"1 to {iterations}, resumed after {iterations // 2}",
         "base model": folders.base,
-        "checkpoints": folders.run / "checkpoints",
-        "PEFT adapter": folders.run / "peft",
-        "metrics": folders.run / "metrics.jsonl",
-        "loss curve": folders.run / "loss.png",
+        "checkpoints": folders.run.checkpoints,
+        "PEFT adapter": folders.run.peft,
+        "metrics": folders.run.metrics,
+        "loss curve": folders.run.plot,
     }
     print("\n== result")
     for name, value in rows.items():
         print(f"   {name:<26}{value}")
 
 
-def quickstart(folders: Folders, iterations: int, *, fresh: bool, verbose: bool) -> None:
+def quickstart(folders: Folders, recipe: Recipe, iterations: int, *, fresh: bool, verbose: bool) -> None:
     """All steps. Raises `Failed` at the first thing that does not hold."""
     claim(folders)
     with step("data, tokenizer and a small base model from the standard library"):
-        if not prepare(folders.data, Recipe(), fresh=fresh):
+        if not prepare(folders.data, recipe, fresh=fresh):
             print(f"   {folders.data} is there already (--fresh makes it anew)")
     half, layout = iterations // 2, f"TP {TENSOR} x PP {PIPELINE}, sequence parallel"
     with step(f"LoRA fine-tuning, {layout}: iterations 1 to {half}"):
@@ -248,7 +249,7 @@ def quickstart(folders: Folders, iterations: int, *, fresh: bool, verbose: bool)
     with step(f"logits of our model, {layout}"):
         logits = megatron_logits(folders, verbose=verbose)
     with step("the exported adapter in Hugging Face PEFT"):
-        comparison = compare_with_peft(folders.base, folders.run / "peft", folders.heldout, logits)
+        comparison = compare_with_peft(folders.base, folders.run.peft, folders.heldout, logits)
     report(folders, comparison, evaluations, iterations)
     check_numbers(comparison, evaluations, iterations)
 
@@ -257,11 +258,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("quickstart-run"), help="default: %(default)s")
     parser.add_argument("--iterations", type=int, default=60, help="of fine-tuning, default: %(default)s")
+    parser.add_argument(
+        "--pretrain-steps", type=int, default=Recipe.pretrain_steps, help="of the base model, default: %(default)s"
+    )
     parser.add_argument("--fresh", action="store_true", help="make data and base anew, not the ones of an earlier run")
     parser.add_argument("--verbose", action="store_true", help="show the output of the trainer's ranks as it comes")
     arguments = parser.parse_args(argv)
     if arguments.iterations < 2:
         parser.error(f"--iterations {arguments.iterations}: at least 2, for the run is stopped half-way and resumed")
+    if arguments.pretrain_steps < 1:
+        parser.error(f"--pretrain-steps {arguments.pretrain_steps}: at least 1")
     return arguments
 
 
@@ -274,7 +280,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     began = time.monotonic()
     try:
-        quickstart(Folders(arguments.workdir), arguments.iterations, fresh=arguments.fresh, verbose=arguments.verbose)
+        quickstart(
+            Folders(arguments.workdir),
+            Recipe(pretrain_steps=arguments.pretrain_steps),
+            arguments.iterations,
+            fresh=arguments.fresh,
+            verbose=arguments.verbose,
+        )
     except Failed as failure:
         print(f"\nquickstart failed: {failure}", file=sys.stderr)
         return 1
