@@ -2,7 +2,7 @@
 
 With P = [W | B] (:mod:`mlora.packed`), v the input or its RMS norm, t ranks and the sums over ranks in the base's own collectives:
 
-    forward    [v | s] = project(x),  y = [v | s] Pᵀ
+    forward    [v | s], s = v Aᵀ,  y = [v | s] Pᵀ
     backward   [g | d] = dy P,  dx from g + d A,  dA = dᵀ v,  dB = dyᵀ s
 
 | base | what is communicated, p columns wider than the frozen base's |
@@ -21,8 +21,8 @@ import torch
 
 from mlora.kernels.inputs import add_low_rank, norm_gradient, norm_products
 from mlora.kernels.mask import Mask
+from mlora.kernels.operand import RMSNORM, SWIGLU, make_operand
 from mlora.kernels.products import token_product
-from mlora.kernels.project import COPY, RMSNORM, SWIGLU, project
 from mlora.kernels.swiglu import swiglu_backward
 from mlora.linear import Geometry
 from mlora.packed import Packed
@@ -56,8 +56,7 @@ class FusedLinear(torch.autograd.Function):
         """
         mask = _mask(geometry, x)
         flat = x.flatten(0, 1)
-        lora_A = packed.lora_A if parameters else packed.zero_A
-        operand, low, rstd = _project(flat, lora_A, packed.tail, norm, mask)
+        operand, low, rstd = _operand(flat, packed.padded_A if parameters else None, packed.tail, norm, mask)
         if geometry.gathers:
             operand = collectives.all_gather(operand, geometry.group)
             low = operand[:, -packed.tail :].contiguous()
@@ -65,7 +64,7 @@ class FusedLinear(torch.autograd.Function):
         y = _after_forward(y, geometry)
         if geometry.row_parallel and bias is not None:
             y += bias
-        ctx.save_for_backward(flat, rstd, low, lora_A)
+        ctx.save_for_backward(flat, rstd, low)
         ctx.norm, ctx.packed, ctx.geometry, ctx.mask, ctx.shape = norm, packed, geometry, mask, x.shape
         ctx.active = bool(parameters)
         return y.view(-1, x.shape[1], y.shape[1])
@@ -73,14 +72,16 @@ class FusedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """dy in y's layout -> the gradients of x and of the parameters."""
-        x, rstd, low, lora_A = ctx.saved_tensors
+        x, rstd, low = ctx.saved_tensors
         packed: Packed = ctx.packed
         geometry: Geometry = ctx.geometry
         if ctx.active:
             packed.refill()
         dy = _before_backward(dy.flatten(0, 1), geometry)
-        g = _sum_over_ranks(dy @ packed.weight, geometry)
-        dx, dA = _input_and_A(g, x, rstd, low, lora_A, ctx)
+        g = dy @ packed.weight
+        if not ctx.active:
+            g[:, -packed.tail :].zero_()
+        dx, dA = _input_and_A(_sum_over_ranks(g, geometry), x, rstd, low, packed.lora_A, ctx)
         if not ctx.active:
             return dx, None, None, None, None
         dB = token_product(_low_for_dB(low, geometry), dy, packed.ranks)
@@ -103,13 +104,13 @@ class FusedMlp(torch.autograd.Function):
         (first, second), (one, two) = packed, geometries
         flat = x.flatten(0, 1)
         mask1 = _mask(one, x)
-        operand, low1, rstd = _project(flat, first.lora_A, first.tail, norm, mask1)
+        operand, low1, rstd = _operand(flat, first.padded_A, first.tail, norm, mask1)
         if one.gathers:
             operand = collectives.all_gather(operand, one.group)
             low1 = operand[:, -first.tail :].contiguous()
         between = _product(operand, first.weight, None)
         mask2 = _mask(two, between.view(-1, x.shape[1], between.shape[1]))
-        operand, low2, _ = project(between, second.lora_A, second.tail, kind=SWIGLU, mask=mask2)
+        operand, low2, _ = make_operand(between, second.padded_A, second.tail, kind=SWIGLU, mask=mask2)
         y = _after_forward(_product(operand, second.weight, None), two)
         ctx.save_for_backward(flat, rstd, low1, between, low2)
         ctx.norm, ctx.packed, ctx.geometries, ctx.geometry = norm, packed, geometries, one
@@ -139,12 +140,12 @@ def _mask(geometry: Geometry, x: torch.Tensor) -> Mask | None:
     return Mask.of(geometry.dropout, x.shape[1], geometry.first_token(x.shape[0]), geometry.first_feature)
 
 
-def _project(
-    x: torch.Tensor, lora_A: torch.Tensor, tail: int, norm: Norm | None, mask: Mask | None
+def _operand(
+    x: torch.Tensor, padded_A: torch.Tensor | None, tail: int, norm: Norm | None, mask: Mask | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if norm is None:
-        return project(x, lora_A, tail, kind=COPY, mask=mask)
-    return project(x, lora_A, tail, kind=RMSNORM, norm_weight=norm.weight, eps=norm.eps, mask=mask)
+        return make_operand(x, padded_A, tail, mask=mask)
+    return make_operand(x, padded_A, tail, kind=RMSNORM, norm_weight=norm.weight, eps=norm.eps, mask=mask)
 
 
 def _product(operand: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -36,8 +36,7 @@ class Packed:
     Attributes:
         buffer: with P.
         weight: P [out, in + p].
-        lora_A: [R, in].
-        zero_A: in place of lora_A while the adapter is off: the GEMM then adds nothing.
+        padded_A, lora_A: [p, in], zero past R, and its first R rows.
         ranks, tail: R and p.
     """
 
@@ -52,8 +51,8 @@ class Packed:
         else:
             self.buffer = Buffer(weight, self.tail)
         self.weight = self.buffer.weight
-        self.lora_A = self.weight.new_zeros(self.ranks, features)
-        self.zero_A = torch.zeros_like(self.lora_A)
+        self.padded_A = self.weight.new_zeros(self.tail, features)
+        self.lora_A = self.padded_A[: self.ranks]
         self._make_tables(rows)
 
     def is_of(self, weight: torch.nn.Parameter) -> bool:

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from mlora.kernels.mask import Mask, dropped
-from mlora.kernels.tile import Tile
+from mlora.kernels.products import dense_token_product
+from mlora.kernels.tile import MANY_RANKS, Tile
 
 
 @triton.jit
@@ -79,6 +80,7 @@ def _norm_products(
     rstd,
     low,
     dA,
+    normed,
     correlation,
     tokens,
     features: tl.constexpr,
@@ -87,6 +89,7 @@ def _norm_products(
     x_stride: tl.constexpr,
     tokens_per_split,
     correlate: tl.constexpr,
+    dense: tl.constexpr,
     mask,
     dropout: tl.constexpr,
     block_t: tl.constexpr,
@@ -97,7 +100,8 @@ def _norm_products(
     column = columns * block_n + tl.arange(0, block_n)
     rank = tl.arange(0, block_r)
     scale = tl.load(norm_weight + column, mask=column < features, other=0.0).to(tl.float32)[None, :]
-    total = tl.zeros((block_r, block_n), tl.float32)
+    if not dense:
+        total = tl.zeros((block_r, block_n), tl.float32)
     begin = split * tokens_per_split
     for start in range(begin, begin + tokens_per_split, block_t):
         row = start + tl.arange(0, block_t)
@@ -105,21 +109,28 @@ def _norm_products(
         valid = inside & (column[None, :] < features)
         factor = tl.load(rstd + row, mask=row < tokens, other=0.0)[:, None]
         v = tl.load(x + base * x_stride + column[None, :], mask=valid, other=0.0).to(tl.float32) * factor * scale
-        rank_valid = inside & (rank[None, :] < ranks)
-        d = tl.load(g + base * (features + tail) + features + rank[None, :], mask=rank_valid, other=0.0)
         if correlate:
             dv = tl.load(g + base * (features + tail) + column[None, :], mask=valid, other=0.0).to(tl.float32)
             product = tl.sum(dv * v, 1)
             if columns == 0:
                 # Σ dv · v = Σ g · v + d · s, because (d A) · v = d · (v Aᵀ).
+                rank_valid = inside & (rank[None, :] < ranks)
+                d = tl.load(g + base * (features + tail) + features + rank[None, :], mask=rank_valid, other=0.0)
                 s = tl.load(low + base * tail + rank[None, :], mask=rank_valid, other=0.0)
                 product += tl.sum(d.to(tl.float32) * s.to(tl.float32), 1)
             tl.store(correlation + columns * tokens + row, product, mask=row < tokens)
-        if dropout:
-            v = dropped(v, row, column, mask)
-        total = tl.dot(tl.trans(d), v.to(x.dtype.element_ty), total)
-    at = (split * ranks + rank[:, None]) * features + column[None, :]
-    tl.store(dA + at, total, mask=(rank[:, None] < ranks) & (column[None, :] < features))
+        if dense:
+            tl.store(normed + base * features + column[None, :], v.to(x.dtype.element_ty), mask=valid)
+        else:
+            if dropout:
+                v = dropped(v, row, column, mask)
+            # Loaded as the product wants it: a transposition in registers costs more than the product.
+            d_at = row.to(tl.int64)[None, :] * (features + tail) + features + rank[:, None]
+            d_t = tl.load(g + d_at, mask=(row[None, :] < tokens) & (rank[:, None] < ranks), other=0.0)
+            total = tl.dot(d_t, v.to(x.dtype.element_ty), total)
+    if not dense:
+        at = (split * ranks + rank[:, None]) * features + column[None, :]
+        tl.store(dA + at, total, mask=(rank[:, None] < ranks) & (column[None, :] < features))
 
 
 @triton.jit
@@ -136,6 +147,7 @@ def _norm_gradient(
     ranks: tl.constexpr,
     tail: tl.constexpr,
     x_stride: tl.constexpr,
+    complete: tl.constexpr,
     mask,
     dropout: tl.constexpr,
     block_t: tl.constexpr,
@@ -149,15 +161,16 @@ def _norm_gradient(
     valid = inside & (column[None, :] < features)
     factor = tl.load(rstd + row, mask=row < tokens, other=0.0)[:, None]
     mean = tl.load(correlation + row, mask=row < tokens, other=0.0)[:, None] / features
-    d = tl.load(
-        g + base * (features + tail) + features + rank[None, :], mask=inside & (rank[None, :] < ranks), other=0.0
-    )
-    a_valid = (rank[:, None] < ranks) & (column[None, :] < features)
-    a = tl.load(lora_A + rank[:, None] * features + column[None, :], mask=a_valid, other=0.0)
-    dv = tl.dot(d, a)
-    if dropout:
-        dv = dropped(dv, row, column, mask)
-    dv += tl.load(g + base * (features + tail) + column[None, :], mask=valid, other=0.0).to(tl.float32)
+    dv = tl.load(g + base * (features + tail) + column[None, :], mask=valid, other=0.0).to(tl.float32)
+    if not complete:
+        d_valid = inside & (rank[None, :] < ranks)
+        d = tl.load(g + base * (features + tail) + features + rank[None, :], mask=d_valid, other=0.0)
+        a_valid = (rank[:, None] < ranks) & (column[None, :] < features)
+        a = tl.load(lora_A + rank[:, None] * features + column[None, :], mask=a_valid, other=0.0)
+        product = tl.dot(d, a)
+        if dropout:
+            product = dropped(product, row, column, mask)
+        dv += product
     scale = tl.load(norm_weight + column, mask=column < features, other=0.0).to(tl.float32)[None, :]
     xhat = tl.load(x + base * x_stride + column[None, :], mask=valid, other=0.0).to(tl.float32) * factor
     dx = factor * (dv * scale - xhat * mean)
@@ -181,11 +194,13 @@ def norm_products(
         correlation: dv · v where it is known already; then g is not read.
     """
     tokens, features = x.shape
+    dense = mask is None and ranks > MANY_RANKS
     block_r = max(16, triton.next_power_of_2(ranks))
     tile = Tile(128, 64, 4, 3) if block_r <= 64 else Tile(64, 128, 8, 2) if block_r <= 256 else Tile(64, 64, 8, 2)
     columns = triton.cdiv(features, tile.features)
     splits, per_split = tile.splits(tokens, columns, 528)
-    dA = torch.empty(splits, ranks, features, dtype=torch.float32, device=g.device)
+    dA = torch.empty(splits if not dense else 0, ranks, features, dtype=torch.float32, device=g.device)
+    normed = x.new_empty(tokens if dense else 0, features)
     parts = torch.empty(columns if correlation is None else 0, tokens, dtype=torch.float32, device=g.device)
     _norm_products[(columns, splits)](
         g,
@@ -194,6 +209,7 @@ def norm_products(
         rstd,
         low,
         dA,
+        normed,
         parts,
         tokens,
         features,
@@ -202,6 +218,7 @@ def norm_products(
         x.stride(0),
         per_split,
         correlation is None,
+        dense,
         (mask or Mask.none()).arguments(),
         dropout=mask is not None,
         block_t=tile.tokens,
@@ -210,7 +227,9 @@ def norm_products(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return (dA, correlation) if correlation is not None else (dA, parts.sum(0))
+    if dense:
+        dA = dense_token_product(g[:, features : features + ranks], normed)
+    return dA, correlation if correlation is not None else parts.sum(0)
 
 
 def norm_gradient(
@@ -222,13 +241,16 @@ def norm_gradient(
     correlation: torch.Tensor,
     mask: Mask | None = None,
 ) -> torch.Tensor:
-    """The gradient of x [T, N] from ``[g | d]`` [T, N + p]; the norm's weight is frozen.
+    """The gradient of x [T, N] from ``[g | d]`` [T, N + p], which may be used up; the norm's weight is frozen.
 
     Args:
         correlation: dv · v of each token [T], float32.
     """
     tokens, features = x.shape
     ranks = lora_A.shape[0]
+    complete = mask is None and ranks > MANY_RANKS
+    if complete:
+        g[:, :features].addmm_(g[:, features : features + ranks], lora_A)
     out = g.new_empty(tokens, features)
     block_r = max(16, triton.next_power_of_2(ranks))
     tile = Tile(64, 64, 4, 1) if block_r <= 64 else Tile(64, 128, 8, 1)
@@ -245,6 +267,7 @@ def norm_gradient(
         ranks,
         g.shape[1] - features,
         x.stride(0),
+        complete,
         (mask or Mask.none()).arguments(),
         dropout=mask is not None,
         block_t=tile.tokens,

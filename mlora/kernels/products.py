@@ -1,6 +1,11 @@
-"""``lowᵀ v`` summed over the tokens: the gradients of A and B, one pass over the wide operand.
+"""Products of a wide operand [T, N] with a low-rank one, one pass over the wide operand each.
 
-Stage one sums over a run of tokens in float32, stage two over the runs.
+| function | result | for |
+|---|---|---|
+| token_product | ``Σ_t low[t] ⊗ v[t]``, in two stages: over a run of tokens, and over the runs | the gradients of A and B |
+| dropped_product | ``v Aᵀ``, of the dropped v | the low-rank columns under dropout |
+
+Without dropout, cuBLAS does the second, and the first where there are many ranks.
 """
 
 import torch
@@ -8,7 +13,7 @@ import triton
 import triton.language as tl
 
 from mlora.kernels.mask import Mask, dropped
-from mlora.kernels.tile import Tile
+from mlora.kernels.tile import MANY_RANKS, Tile
 
 _PROGRAMS = 264  # about; two for each of an H200's multiprocessors
 
@@ -66,6 +71,8 @@ def token_product(
         wide: [T, N], columns contiguous.
         mask: of dropout on wide.
     """
+    if mask is None and ranks > MANY_RANKS:
+        return dense_token_product(low[:, :ranks], wide)
     tokens, features = wide.shape
     block_r = max(16, triton.next_power_of_2(ranks))
     tile = Tile(64, 64, 4, 4) if block_r <= 64 else Tile(64, 128, 8, 3) if block_r <= 256 else Tile(64, 64, 8, 3)
@@ -91,3 +98,70 @@ def token_product(
         num_stages=tile.stages,
     )
     return partial
+
+
+def dense_token_product(low: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """``lowᵀ wide`` [1, R, N] float32: :func:`token_product` by cuBLAS, in one sum."""
+    if wide.is_cuda:
+        return torch.mm(low.T, wide, out_dtype=torch.float32)[None]
+    return (low.float().T @ wide.float())[None]
+
+
+@triton.jit
+def _dropped_product(
+    v,
+    lora_A,
+    partial,
+    tokens,
+    features: tl.constexpr,
+    tail: tl.constexpr,
+    v_stride: tl.constexpr,
+    run,
+    mask,
+    block_t: tl.constexpr,
+    block_n: tl.constexpr,
+    block_r: tl.constexpr,
+):
+    row = tl.program_id(0) * block_t + tl.arange(0, block_t)
+    split = tl.program_id(1)
+    inside, base = row[:, None] < tokens, row.to(tl.int64)[:, None]
+    rank = tl.arange(0, block_r)
+    low = tl.zeros((block_t, block_r), tl.float32)
+    for start in range(0, run, block_n):
+        column = split * run + start + tl.arange(0, block_n)
+        wide = tl.load(v + base * v_stride + column[None, :], mask=inside & (column[None, :] < features), other=0.0)
+        wide = dropped(wide, row, column, mask).to(v.dtype.element_ty)
+        a_valid = (rank[None, :] < tail) & (column[:, None] < features)
+        a = tl.load(lora_A + rank[None, :] * features + column[:, None], mask=a_valid, other=0.0)
+        low = tl.dot(wide, a, low)
+    at = (split.to(tl.int64) * tokens + base) * tail + rank[None, :]
+    tl.store(partial + at, low, mask=inside & (rank[None, :] < tail))
+
+
+def dropped_product(v: torch.Tensor, lora_A: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """``dropout(v) Aᵀ`` [T, p] of v [T, N], columns contiguous, and A [p, N]."""
+    (tokens, features), tail = v.shape, lora_A.shape[0]
+    block_r = max(16, triton.next_power_of_2(tail))
+    tile = Tile(64, 64, 4, 3) if block_r <= 64 else Tile(64, 64, 8, 2)
+    rows = triton.cdiv(tokens, tile.tokens)
+    splits = max(1, min(2 * _PROGRAMS // rows, features // (4 * tile.features)))
+    run = triton.cdiv(triton.cdiv(features, splits), tile.features) * tile.features
+    splits = triton.cdiv(features, run)
+    partial = torch.empty(splits, tokens, tail, dtype=torch.float32, device=v.device)
+    _dropped_product[(rows, splits)](
+        v,
+        lora_A,
+        partial,
+        tokens,
+        features,
+        tail,
+        v.stride(0),
+        run,
+        mask.arguments(),
+        block_t=tile.tokens,
+        block_n=tile.features,
+        block_r=block_r,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return partial.sum(0).to(v.dtype)

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from mlora.kernels.mask import Mask, dropped
-from mlora.kernels.tile import Tile
+from mlora.kernels.products import dense_token_product
+from mlora.kernels.tile import MANY_RANKS, Tile
 
 
 @triton.jit
@@ -27,6 +28,7 @@ def _swiglu_backward(
     out,
     dA,
     dB,
+    activated,
     correlation,
     tokens,
     features: tl.constexpr,
@@ -35,6 +37,7 @@ def _swiglu_backward(
     low_ranks: tl.constexpr,
     low_tail: tl.constexpr,
     tokens_per_split,
+    dense: tl.constexpr,
     mask,
     dropout: tl.constexpr,
     block_t: tl.constexpr,
@@ -48,9 +51,10 @@ def _swiglu_backward(
     inside_n = column < features
     a_valid = (rank[:, None] < ranks) & inside_n[None, :]
     a = tl.load(lora_A + rank[:, None] * features + column[None, :], mask=a_valid, other=0.0)
-    total_A = tl.zeros((block_r, block_n), tl.float32)
-    total_gate = tl.zeros((block_s, block_n), tl.float32)
-    total_up = tl.zeros((block_s, block_n), tl.float32)
+    if not dense:
+        total_A = tl.zeros((block_r, block_n), tl.float32)
+        total_gate = tl.zeros((block_s, block_n), tl.float32)
+        total_up = tl.zeros((block_s, block_n), tl.float32)
     begin = split * tokens_per_split
     for start in range(begin, begin + tokens_per_split, block_t):
         row = start + tl.arange(0, block_t)
@@ -70,29 +74,37 @@ def _swiglu_backward(
             product = dropped(product, row, column, mask)
             v = dropped(v, row, column, mask).to(y.dtype.element_ty)
         dv += product
-        total_A = tl.dot(tl.trans(d), v, total_A)
         dgate = (dv * up * (sigmoid + silu * (1.0 - sigmoid))).to(y.dtype.element_ty)
         dup = (dv * silu).to(y.dtype.element_ty)
         tl.store(out + base * 2 * features + column[None, :], dgate, mask=valid)
         tl.store(out + base * 2 * features + features + column[None, :], dup, mask=valid)
         tl.store(correlation + tl.program_id(0) * tokens + row, tl.sum(dgate * gate + dup * up, 1), mask=row < tokens)
-        s_valid = (row[None, :] < tokens) & (low_rank[:, None] < low_ranks)
-        s = tl.load(low + row.to(tl.int64)[None, :] * low_tail + low_rank[:, None], mask=s_valid, other=0.0)
-        total_gate = tl.dot(s, dgate, total_gate)
-        total_up = tl.dot(s, dup, total_up)
-    at = (split * ranks + rank[:, None]) * features + column[None, :]
-    tl.store(dA + at, total_A, mask=a_valid)
-    at = (split * low_ranks + low_rank[:, None]) * 2 * features + column[None, :]
-    b_valid = (low_rank[:, None] < low_ranks) & inside_n[None, :]
-    tl.store(dB + at, total_gate, mask=b_valid)
-    tl.store(dB + at + features, total_up, mask=b_valid)
+        if dense:
+            tl.store(activated + base * features + column[None, :], v, mask=valid)
+        else:
+            # Loaded as the products want them: a transposition in registers costs more than the product.
+            token = row.to(tl.int64)[None, :]
+            d_valid = (row[None, :] < tokens) & (rank[:, None] < ranks)
+            d_t = tl.load(g + token * (features + tail) + features + rank[:, None], mask=d_valid, other=0.0)
+            total_A = tl.dot(d_t, v, total_A)
+            s_valid = (row[None, :] < tokens) & (low_rank[:, None] < low_ranks)
+            s = tl.load(low + token * low_tail + low_rank[:, None], mask=s_valid, other=0.0)
+            total_gate = tl.dot(s, dgate, total_gate)
+            total_up = tl.dot(s, dup, total_up)
+    if not dense:
+        at = (split * ranks + rank[:, None]) * features + column[None, :]
+        tl.store(dA + at, total_A, mask=a_valid)
+        at = (split * low_ranks + low_rank[:, None]) * 2 * features + column[None, :]
+        b_valid = (low_rank[:, None] < low_ranks) & inside_n[None, :]
+        tl.store(dB + at, total_gate, mask=b_valid)
+        tl.store(dB + at + features, total_up, mask=b_valid)
 
 
 def _tile(block_s: int) -> tuple[Tile, int]:
     """(tile, about how many programs), as measured best on an H200."""
     if block_s > 128:
         return Tile(32, 64, 8, 3), 896
-    return Tile(32, 128, 4 if block_s <= 64 else 8, 3), 224
+    return (Tile(32, 64, 8, 3), 1792) if block_s <= 64 else (Tile(32, 128, 8, 3), 896)
 
 
 def swiglu_backward(
@@ -119,10 +131,13 @@ def swiglu_backward(
     block_r = max(16, triton.next_power_of_2(ranks))
     block_s = max(16, triton.next_power_of_2(low_ranks))
     tile, programs = _tile(block_s)
+    dense = mask is None and ranks > MANY_RANKS
     columns = triton.cdiv(features, tile.features)
     splits, per_split = tile.splits(tokens, columns, programs)
-    dA = torch.empty(splits, ranks, features, dtype=torch.float32, device=y.device)
-    dB = torch.empty(splits, low_ranks, 2 * features, dtype=torch.float32, device=y.device)
+    sums = splits if not dense else 0
+    dA = torch.empty(sums, ranks, features, dtype=torch.float32, device=y.device)
+    dB = torch.empty(sums, low_ranks, 2 * features, dtype=torch.float32, device=y.device)
+    activated = y.new_empty(tokens if dense else 0, features)
     correlation = torch.empty(columns, tokens, dtype=torch.float32, device=y.device)
     _swiglu_backward[(columns, splits)](
         g,
@@ -132,6 +147,7 @@ def swiglu_backward(
         out,
         dA,
         dB,
+        activated,
         correlation,
         tokens,
         features,
@@ -140,6 +156,7 @@ def swiglu_backward(
         low_ranks,
         low.shape[1],
         per_split,
+        dense,
         (mask or Mask.none()).arguments(),
         dropout=mask is not None,
         block_t=tile.tokens,
@@ -149,4 +166,7 @@ def swiglu_backward(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+    if dense:
+        dA = dense_token_product(g[:, features : features + ranks], activated)
+        dB = dense_token_product(low[:, :low_ranks], out)
     return out, dA, dB, correlation.sum(0)
