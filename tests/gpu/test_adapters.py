@@ -104,9 +104,11 @@ def trained(chunks: list[Any], name: str) -> Tensors:
 
 
 def base_weights(chunks: list[Any]) -> Tensors:
-    """The base's bits; DTensors and quantized weights as numbers."""
+    """The base's bits; of quantized weights what they stand for."""
     return {
-        name: parameter.detach().clone() for name, parameter in chunks[0].named_parameters() if ".lora." not in name
+        name: parameter.detach().clone() if type(parameter) is torch.nn.Parameter else parameter.detach().dequantize()
+        for name, parameter in chunks[0].named_parameters()
+        if ".lora." not in name
     }
 
 
@@ -221,7 +223,7 @@ def test_each_adapter_is_as_if_it_were_alone(folder: Path, dtype: torch.dtype) -
         if name != "some" or dtype == torch.float32:
             assert same(found, alone[name]), name
         else:
-            assert worst(found, alone[name]) < 0.02
+            assert worst(found, alone[name]) < 0.05
         assert same(base_weights(together), before), name
     kept_where_they_must_be(together, dtype)
     assert {way.partition(":")[0] for way in ways(together).values()} == {
@@ -285,30 +287,34 @@ def test_what_is_off_or_deleted_cannot_spoil_the_base(folder: Path, dtype: torch
     assert evaluated(chunks).isnan().all()
     with mlora.disable_adapter(chunks):
         off = evaluated(chunks)
-        assert not off.isnan().any() and error(off, base) < 1e-2
+        assert not off.isnan().any() and error(off, base) < 2e-2
     mlora.set_adapter(chunks, "twin")
     assert same(trained(chunks, "twin"), good)
     mlora.set_adapter(chunks, "wide", inference_mode=True)
     evaluated(chunks)
     mlora.delete_adapter(chunks, "wide")
     off = evaluated(chunks)
-    assert not off.isnan().any() and error(off, base) < 1e-2
+    assert not off.isnan().any() and error(off, base) < 2e-2
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Tensors:
+    """A pass of one adapter that is alone, with all activations kept."""
+    return trained(model(folder, torch.bfloat16, "wide"), "wide")
 
 
 @pytest.mark.parametrize("reference", [None, "twin", "broad", "beside", "dora"])
 @pytest.mark.parametrize("recompute", [{}, FULL, MLP], ids=["kept", "full", "mlp"])
 def test_a_reference_pass_between_forward_and_backward_changes_no_bit(
-    folder: Path, recompute: dict[str, Any], reference: str | None
+    folder: Path, undisturbed: Tensors, recompute: dict[str, Any], reference: str | None
 ) -> None:
     """Nor does one with its own graph, whose backward comes later; what is computed again runs with the adapter that was on."""
-    alone = model(folder, torch.bfloat16, "wide", **recompute)
-    expected = trained(alone, "wide")
     chunks = model(folder, torch.bfloat16, "wide", *([reference] if reference else []), **recompute)
     found = losses(chunks)
     with mlora.use_adapter(chunks, reference) if reference else mlora.disable_adapter(chunks):
         first = evaluated(chunks)
     found.sum().backward()
-    assert same({"losses": found.detach(), **gradients(chunks, "wide"), "evaluated": evaluated(chunks)}, expected)
+    assert same({"losses": found.detach(), **gradients(chunks, "wide"), "evaluated": evaluated(chunks)}, undisturbed)
     with mlora.use_adapter(chunks, reference) if reference else mlora.disable_adapter(chunks):
         assert torch.equal(evaluated(chunks), first)
 
@@ -480,11 +486,17 @@ def test_a_deleted_adapter_is_let_go(folder: Path, dtype: torch.dtype) -> None:
     assert mlora.adapter_names(chunks) == ["wide"] and len(list(banks(chunks))) == 16
 
 
-def test_a_base_that_should_train_is_refused(folder: Path) -> None:
-    """As on Megatron's local layers: the fused way gives the weight no gradient."""
-    chunks = model(folder, torch.bfloat16, "wide")
-    next(adapted(chunks))[1].weight.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="an adapted linear gives its base no gradient"):
+@pytest.mark.parametrize(
+    ("dtype", "leaf"),
+    [(torch.bfloat16, "weight"), (torch.bfloat16, "layer_norm_weight"), (torch.float32, "layer_norm_weight")],
+    ids=str,
+)
+def test_a_base_that_should_train_is_refused(folder: Path, dtype: torch.dtype, leaf: str) -> None:
+    """As on Megatron's local layers: it would get no gradient, or one without the adapter's part."""
+    chunks = model(folder, dtype, "wide")
+    fused = next(module for path, module in adapted(chunks) if path.endswith("linear_qkv"))
+    fused.get_parameter(leaf).requires_grad_(True)
+    with pytest.raises(RuntimeError, match="must stay frozen"):
         losses(chunks)
 
 
@@ -504,12 +516,23 @@ def test_training_and_merging_may_follow_inference(folder: Path, dtype: torch.dt
     assert same(base_weights(chunks), before)
 
 
+def test_a_state_dict_serves_a_model_without_adapters(folder: Path) -> None:
+    """Also one that takes the tensors as they are: Transformer Engine would misread a view into a buffer."""
+    chunks, plain = model(folder, torch.bfloat16, "wide"), model(folder, torch.bfloat16)
+    evaluated(chunks)
+    kept_where_they_must_be(chunks, torch.bfloat16)
+    expected = evaluated(plain)
+    plain[0].load_state_dict(chunks[0].state_dict(), assign=True)
+    assert torch.equal(evaluated(plain), expected)
+
+
 @torch.no_grad()
 def test_a_graph_outlives_a_switch() -> None:
     """What a captured graph reads and writes stays its own while another adapter runs, and is not given to other tensors."""
     layer, linear = build(Case(FC1), torch.bfloat16)
     mlora.apply([layer], LoraConfig(r=70, target_modules=["linear_fc1"]), "broad")
     x = random(3, TOKENS, ROWS, linear.in_features, dtype=torch.bfloat16)
+    linear(x)  # Here, so that the memory that a switch frees is this stream's.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

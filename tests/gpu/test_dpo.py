@@ -176,7 +176,7 @@ def no_world() -> Iterator[None]:
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
     yield
-    distributed(ParallelSizes()).__enter__()
+    distributed(ParallelSizes()).__enter__()  # Which the fixture of the whole session ends.
 
 
 def test_the_command_line_trains_on_pairs(folder: Path, tmp_path: Path, no_world: None) -> None:
