@@ -1,9 +1,10 @@
 """One weight buffer for a base linear and its adapter, so that a single GEMM does both.
 
-    P = [W | B]  [out, in + p],   A  [R, in] with σ folded in,   p = R rounded up to a multiple of 64
+    P = [[W, B], [A, 0]]  [out + p, in + p],   σ folded into A,   p = R rounded up to a multiple of 64
 
-``[x | x Aᵀ] Pᵀ`` is the adapted output, and dy P is ``[dy W | dy B]``: the base's input gradient and d. The base's ``weight``
-becomes a view of P under its own name; A and B are copied in again when a parameter has changed.
+``[x | x Aᵀ] [W | B]ᵀ`` is the adapted output, and dy [W | B] is ``[dy W | dy B]``: the base's input gradient and d. Where d is
+known, ``[dy | d] [W; A]`` is the adapted input gradient. The base's ``weight`` becomes a view of P under its own name; A and B are
+copied in again at every forward.
 """
 
 import torch
@@ -15,18 +16,18 @@ _ALIGNMENT = 64  # elements: a GEMM's K that is no multiple of this costs more t
 
 
 class Buffer:
-    """P [out, in + p] of one linear, shared by its adapters.
+    """P of one linear, shared by its adapters.
 
     Attributes:
-        weight: P.
-        filled_by: the adapter whose B is in it.
+        whole: P [out + p, in + p].
+        filled_by: the adapter whose A and B are in it.
     """
 
     def __init__(self, weight: torch.nn.Parameter, tail: int) -> None:
         rows, features = weight.shape
-        self.weight = weight.detach().new_zeros(rows, features + tail)
-        self.weight[:, :features] = weight.detach()
-        weight.data = self.weight[:, :features]
+        self.whole = weight.detach().new_zeros(rows + tail, features + tail)
+        self.whole[:rows, :features] = weight.detach()
+        weight.data = self.whole[:rows, :features]
         self.filled_by: LinearAdapter | None = None
 
 
@@ -35,7 +36,8 @@ class Packed:
 
     Attributes:
         buffer: with P.
-        weight: P [out, in + p].
+        weight: [W | B] [out, in + p].
+        upright: [W; A] [out + p, in].
         padded_A, lora_A: [p, in], zero past R, and its first R rows.
         ranks, tail: R and p.
     """
@@ -50,8 +52,9 @@ class Packed:
             self.buffer: Buffer = previous.buffer
         else:
             self.buffer = Buffer(weight, self.tail)
-        self.weight = self.buffer.weight
-        self.padded_A = self.weight.new_zeros(self.tail, features)
+        self.weight = self.buffer.whole[:rows]
+        self.upright = self.buffer.whole[:, :features]
+        self.padded_A = self.upright[rows:]
         self.lora_A = self.padded_A[: self.ranks]
         self._make_tables(rows)
 
@@ -64,15 +67,22 @@ class Packed:
         return [*self.adapter.lora_A.values(), *self.adapter.lora_B.values()]
 
     @torch.no_grad()
+    def clear(self) -> None:
+        """While the adapter is off: nothing of it is left, which nothing may multiply if it is not finite."""
+        if self.buffer.filled_by is not None:
+            self.buffer.whole[:, self.upright.shape[1] :].zero_()
+            self.padded_A.zero_()
+            self.buffer.filled_by = None
+
+    @torch.no_grad()
     def fill(self) -> None:
         """Copy A and B in: at every forward, because a distributed optimizer changes parameters behind autograd's back, and a
         replayed CUDA graph must see what it made of them."""
-        low = self.weight[:, self.lora_A.shape[1] :]
         if self.buffer.filled_by is not self.adapter:
-            low.zero_()
+            self.clear()
         A = [parameter.detach() for parameter in self.adapter.lora_A.values()]
         B = [parameter.detach() for parameter in self.adapter.lora_B.values()]
-        pack(A, B, self._scaling, self._tables, self.lora_A, low[:, : self.ranks])
+        pack(A, B, self._scaling, self._tables, self.lora_A, self.weight[:, self.lora_A.shape[1] :][:, : self.ranks])
         self.buffer.filled_by = self.adapter
 
     def refill(self) -> None:

@@ -83,12 +83,22 @@ class TeLora:
             y = Rescale.apply(y, scales(adapter, self.weight), added)  # type: ignore[no-untyped-call]
         return y, bias
 
+    def set_activation_dtype(self, x: torch.Tensor) -> None:
+        """Transformer Engine's check of all parameters' dtypes, from which an adapter's may differ."""
+        lora = self._modules.pop("lora")  # type: ignore[attr-defined]
+        try:
+            super().set_activation_dtype(x)  # type: ignore[misc]
+        finally:
+            self._modules["lora"] = lora  # type: ignore[attr-defined]
+
     def packed(self, adapter: LinearAdapter | None) -> Any:
         """The buffers of the fused way, made or refreshed; None on the other way."""
         kept = self.lora.packed
         if kept is not None and not kept.is_of(self.weight):
             kept = self.lora.packed = None  # The model was moved or cast.
         if adapter is None:
+            if kept is not None:
+                kept.clear()
             return kept
         if kept is None or kept.adapter is not adapter:
             if obstacle(self, adapter) is not None:

@@ -25,6 +25,7 @@ def _add_low_rank(
     features: tl.constexpr,
     ranks: tl.constexpr,
     tail: tl.constexpr,
+    A_stride: tl.constexpr,
     mask,
     dropout: tl.constexpr,
     block_t: tl.constexpr,
@@ -40,7 +41,7 @@ def _add_low_rank(
         g + base * (features + tail) + features + rank[None, :], mask=inside & (rank[None, :] < ranks), other=0.0
     )
     a_valid = (rank[:, None] < ranks) & (column[None, :] < features)
-    a = tl.load(lora_A + rank[:, None] * features + column[None, :], mask=a_valid, other=0.0)
+    a = tl.load(lora_A + rank[:, None] * A_stride + column[None, :], mask=a_valid, other=0.0)
     low = tl.dot(d, a)
     if dropout:
         low = dropped(low, row, column, mask)
@@ -61,6 +62,7 @@ def add_low_rank(g: torch.Tensor, lora_A: torch.Tensor, mask: Mask | None = None
         features,
         ranks,
         width - features,
+        lora_A.stride(0),
         (mask or Mask.none()).arguments(),
         dropout=mask is not None,
         block_t=tile.tokens,
@@ -147,6 +149,7 @@ def _norm_gradient(
     ranks: tl.constexpr,
     tail: tl.constexpr,
     x_stride: tl.constexpr,
+    A_stride: tl.constexpr,
     complete: tl.constexpr,
     mask,
     dropout: tl.constexpr,
@@ -166,7 +169,7 @@ def _norm_gradient(
         d_valid = inside & (rank[None, :] < ranks)
         d = tl.load(g + base * (features + tail) + features + rank[None, :], mask=d_valid, other=0.0)
         a_valid = (rank[:, None] < ranks) & (column[None, :] < features)
-        a = tl.load(lora_A + rank[:, None] * features + column[None, :], mask=a_valid, other=0.0)
+        a = tl.load(lora_A + rank[:, None] * A_stride + column[None, :], mask=a_valid, other=0.0)
         product = tl.dot(d, a)
         if dropout:
             product = dropped(product, row, column, mask)
@@ -267,6 +270,7 @@ def norm_gradient(
         ranks,
         g.shape[1] - features,
         x.stride(0),
+        lora_A.stride(0),
         complete,
         (mask or Mask.none()).arguments(),
         dropout=mask is not None,

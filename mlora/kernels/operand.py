@@ -96,9 +96,10 @@ def make_operand(
         num_warps=8 if block == 4096 else 4,
     )
     v = out[:, :features]
-    if lora_A is None:
-        low = x.new_zeros(tokens, tail)
-    else:
-        low = v @ lora_A.T if mask is None else dropped_product(v, lora_A, mask)
+    low = _low(v, lora_A, mask) if lora_A is not None else x.new_zeros(tokens, tail)
     out[:, features:] = low
     return out, low, rstd
+
+
+def _low(v: torch.Tensor, lora_A: torch.Tensor, mask: Mask | None) -> torch.Tensor:
+    return v @ lora_A.T if mask is None else dropped_product(v, lora_A, mask)

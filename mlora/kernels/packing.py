@@ -13,10 +13,11 @@ import triton.language as tl
 
 _BLOCK = 1024  # elements of A of a program
 _BLOCK_N, _BLOCK_R = 64, 16  # rows and ranks of B
+_SUM_BLOCK, _TOGETHER = 256, 4  # elements of A of a program that sums, and the partial sums that it loads at once
 
 
 @triton.jit
-def _pack_A(program, a0, a1, a2, scaling, out, second, third, elements, features, block: tl.constexpr):
+def _pack_A(program, a0, a1, a2, scaling, out, out_stride, second, third, elements, features, block: tl.constexpr):
     at = program * block + tl.arange(0, block)
     valid = at < elements
     rank, column = at // features, at % features
@@ -26,7 +27,7 @@ def _pack_A(program, a0, a1, a2, scaling, out, second, third, elements, features
     )
     value += tl.load(a2 + (rank - third) * features + column, mask=valid & (rank >= third), other=0.0)
     scaled = value.to(tl.float32) * tl.load(scaling + rank, mask=valid, other=0.0)
-    tl.store(out + at, scaled.to(out.dtype.element_ty), mask=valid)
+    tl.store(out + rank.to(tl.int64) * out_stride + column, scaled.to(out.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -69,6 +70,7 @@ def _pack(
     a2,
     scaling,
     A,
+    A_stride,
     second,
     third,
     elements,
@@ -90,7 +92,7 @@ def _pack(
 ):
     program, programs_A = tl.program_id(0), tl.cdiv(elements, block)
     if program < programs_A:
-        _pack_A(program, a0, a1, a2, scaling, A, second, third, elements, features, block)
+        _pack_A(program, a0, a1, a2, scaling, A, A_stride, second, third, elements, features, block)
     else:
         program -= programs_A
         _pack_B(program, b0, b1, b2, part, index, start, count, B, B_stride, rows, ranks, block_n, block_r)
@@ -104,8 +106,8 @@ def pack(
     A: torch.Tensor,
     B: torch.Tensor,
 ) -> None:
-    """Fill A [R, N] with the projections' A [r, N] one below the other, times scaling [R]; and B [rows, R], a slice of a wider
-    buffer, from the projections' B [rows of p, r], with zeros elsewhere. Without ``parts_B``, B stays as it is."""
+    """Fill A [R, N] with the projections' A [r, N] one below the other, times scaling [R]; and B [rows, R] from the projections' B
+    [rows of p, r], with zeros elsewhere. Both are slices of a wider buffer. Without ``parts_B``, B stays as it is."""
     ends = [part.shape[0] for part in parts_A]
     at_third = ends[0] + (ends[1] if len(ends) > 1 else A.shape[0])
     programs = triton.cdiv(A.numel(), _BLOCK)
@@ -115,6 +117,7 @@ def pack(
         *_three(parts_A),
         scaling,
         A,
+        A.stride(0),
         ends[0],
         at_third,
         A.numel(),
@@ -157,19 +160,32 @@ class RowTables:
 
 
 @triton.jit
-def _sum_A(program, partial, scaling, out, splits, elements, features, block: tl.constexpr):
+def _sum_A(program, partial, scaling, out, splits, elements, features, block: tl.constexpr, together: tl.constexpr):
     at = program * block + tl.arange(0, block)
     valid = at < elements
     total = tl.zeros((block,), tl.float32)
-    for split in range(splits):
-        total += tl.load(partial + split * elements + at, mask=valid, other=0.0)
+    for first in range(0, splits, together):
+        split = first + tl.arange(0, together)[:, None]
+        some = tl.load(partial + split * elements + at[None, :], mask=(split < splits) & valid[None, :], other=0.0)
+        total += tl.sum(some.to(tl.float32), 0)
     total *= tl.load(scaling + at // features, mask=valid, other=0.0)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def _sum_B(
-    program, partial, offset, start, count, out, splits, ranks, rows, block_n: tl.constexpr, block_r: tl.constexpr
+    program,
+    partial,
+    offset,
+    start,
+    count,
+    out,
+    splits,
+    ranks,
+    rows,
+    block_n: tl.constexpr,
+    block_r: tl.constexpr,
+    together: tl.constexpr,
 ):
     across = tl.cdiv(ranks, block_r)
     row = program // across * block_n + tl.arange(0, block_n)
@@ -179,9 +195,11 @@ def _sum_B(
     own = rank[:, None] - first
     valid = inside[None, :] & (own >= 0) & (own < tl.load(count + row, mask=inside, other=0)[None, :])
     total = tl.zeros((block_r, block_n), tl.float32)
-    for split in range(splits):
-        at = (split * ranks + rank[:, None]) * rows + row[None, :]
-        total += tl.load(partial + at, mask=valid, other=0.0)
+    for first in range(0, splits, together):
+        split = first + tl.arange(0, together)[:, None, None]
+        at = (split * ranks + rank[None, :, None]) * rows + row[None, None, :]
+        some = tl.load(partial + at, mask=(split < splits) & valid[None, :, :], other=0.0)
+        total += tl.sum(some.to(tl.float32), 0)
     place = tl.load(offset + row, mask=inside, other=0)[None, :] + own
     tl.store(out + place, total.to(out.dtype.element_ty), mask=valid)
 
@@ -205,13 +223,14 @@ def _sums(
     block: tl.constexpr,
     block_n: tl.constexpr,
     block_r: tl.constexpr,
+    together: tl.constexpr,
 ):
     program, programs_A = tl.program_id(0), tl.cdiv(elements, block)
     if program < programs_A:
-        _sum_A(program, dA, scaling, out_A, splits_A, elements, features, block)
+        _sum_A(program, dA, scaling, out_A, splits_A, elements, features, block, together)
     else:
         program -= programs_A
-        _sum_B(program, dB, offset, start, count, out_B, splits_B, ranks, rows, block_n, block_r)
+        _sum_B(program, dB, offset, start, count, out_B, splits_B, ranks, rows, block_n, block_r, together)
 
 
 def sums(
@@ -220,8 +239,8 @@ def sums(
     """The gradients from partial sums over the tokens.
 
     Args:
-        dA: [splits, R, N] float32.
-        dB: [splits, R, rows] float32; the splits may be others.
+        dA: [splits, R, N].
+        dB: [splits, R, rows]; the splits may be others.
         scaling: [R] float32.
         elements: of all projections' B.
         dtype: of the gradients.
@@ -233,7 +252,7 @@ def sums(
     splits_B, _, rows = dB.shape
     out_A = torch.empty(ranks, features, dtype=dtype, device=dA.device)
     out_B = torch.empty(elements, dtype=dtype, device=dA.device)
-    programs = triton.cdiv(out_A.numel(), _BLOCK) + triton.cdiv(rows, _BLOCK_N) * triton.cdiv(ranks, _BLOCK_R)
+    programs = triton.cdiv(out_A.numel(), _SUM_BLOCK) + triton.cdiv(rows, _BLOCK_N) * triton.cdiv(ranks, _BLOCK_R)
     _sums[(programs,)](
         dA,
         scaling,
@@ -249,8 +268,9 @@ def sums(
         splits_B,
         ranks,
         rows,
-        block=_BLOCK,
+        block=_SUM_BLOCK,
         block_n=_BLOCK_N,
         block_r=_BLOCK_R,
+        together=_TOGETHER,
     )
     return out_A, out_B

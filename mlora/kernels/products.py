@@ -64,7 +64,7 @@ def token_product(
     *,
     mask: Mask | None = None,
 ) -> torch.Tensor:
-    """Partial sums float32 [splits, R, N] of ``Σ_t low[t] ⊗ wide[t]``; :mod:`mlora.kernels.packing` adds them up.
+    """Partial sums [splits, R, N] of ``Σ_t low[t] ⊗ wide[t]``, which :mod:`mlora.kernels.packing` adds up; float32 if several.
 
     Args:
         low: [T, at least R], columns contiguous.
@@ -101,10 +101,8 @@ def token_product(
 
 
 def dense_token_product(low: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
-    """``lowᵀ wide`` [1, R, N] float32: :func:`token_product` by cuBLAS, in one sum."""
-    if wide.is_cuda:
-        return torch.mm(low.T, wide, out_dtype=torch.float32)[None]
-    return (low.float().T @ wide.float())[None]
+    """``lowᵀ wide`` [1, R, N]: :func:`token_product` by cuBLAS, in one sum and in the operands' dtype."""
+    return (low.T @ wide)[None]
 
 
 @triton.jit
@@ -116,6 +114,7 @@ def _dropped_product(
     features: tl.constexpr,
     tail: tl.constexpr,
     v_stride: tl.constexpr,
+    A_stride: tl.constexpr,
     run,
     mask,
     block_t: tl.constexpr,
@@ -132,7 +131,7 @@ def _dropped_product(
         wide = tl.load(v + base * v_stride + column[None, :], mask=inside & (column[None, :] < features), other=0.0)
         wide = dropped(wide, row, column, mask).to(v.dtype.element_ty)
         a_valid = (rank[None, :] < tail) & (column[:, None] < features)
-        a = tl.load(lora_A + rank[None, :] * features + column[:, None], mask=a_valid, other=0.0)
+        a = tl.load(lora_A + rank[None, :] * A_stride + column[:, None], mask=a_valid, other=0.0)
         low = tl.dot(wide, a, low)
     at = (split.to(tl.int64) * tokens + base) * tail + rank[None, :]
     tl.store(partial + at, low, mask=inside & (rank[None, :] < tail))
@@ -156,6 +155,7 @@ def dropped_product(v: torch.Tensor, lora_A: torch.Tensor, mask: Mask) -> torch.
         features,
         tail,
         v.stride(0),
+        lora_A.stride(0),
         run,
         mask.arguments(),
         block_t=tile.tokens,

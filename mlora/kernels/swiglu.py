@@ -2,7 +2,7 @@
 
 v = silu(gate) · up is the second linear's input, y1 = [gate, up] the first one's output:
 
-    dv = g + d A2,   dgate = dv · up · silu'(gate),   dup = dv · silu(gate)
+    dv = g (+ d A2),   dgate = dv · up · silu'(gate),   dup = dv · silu(gate)
     dA2 = dᵀ dropout(v),   dB1 = [dgate, dup]ᵀ s1,   dy · y of each token
 
 The last is what the norm in front of the first linear needs of its own gradient: dv · v there, for y = v (W + B A)ᵀ.
@@ -22,6 +22,7 @@ from mlora.kernels.tile import MANY_RANKS, Tile
 @triton.jit
 def _swiglu_backward(
     g,
+    d,
     y,
     lora_A,
     low,
@@ -33,10 +34,13 @@ def _swiglu_backward(
     tokens,
     features: tl.constexpr,
     ranks: tl.constexpr,
-    tail: tl.constexpr,
+    g_stride: tl.constexpr,
+    d_stride: tl.constexpr,
+    A_stride: tl.constexpr,
     low_ranks: tl.constexpr,
     low_tail: tl.constexpr,
     tokens_per_split,
+    complete: tl.constexpr,
     dense: tl.constexpr,
     mask,
     dropout: tl.constexpr,
@@ -49,8 +53,9 @@ def _swiglu_backward(
     split = tl.program_id(1)
     rank, low_rank = tl.arange(0, block_r), tl.arange(0, block_s)
     inside_n = column < features
-    a_valid = (rank[:, None] < ranks) & inside_n[None, :]
-    a = tl.load(lora_A + rank[:, None] * features + column[None, :], mask=a_valid, other=0.0)
+    if not complete:
+        a_valid = (rank[:, None] < ranks) & inside_n[None, :]
+        a = tl.load(lora_A + rank[:, None] * A_stride + column[None, :], mask=a_valid, other=0.0)
     if not dense:
         total_A = tl.zeros((block_r, block_n), tl.float32)
         total_gate = tl.zeros((block_s, block_n), tl.float32)
@@ -62,18 +67,18 @@ def _swiglu_backward(
         valid = inside & inside_n[None, :]
         gate = tl.load(y + base * 2 * features + column[None, :], mask=valid, other=0.0).to(tl.float32)
         up = tl.load(y + base * 2 * features + features + column[None, :], mask=valid, other=0.0).to(tl.float32)
-        dv = tl.load(g + base * (features + tail) + column[None, :], mask=valid, other=0.0).to(tl.float32)
-        d = tl.load(
-            g + base * (features + tail) + features + rank[None, :], mask=inside & (rank[None, :] < ranks), other=0.0
-        )
+        dv = tl.load(g + base * g_stride + column[None, :], mask=valid, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
-        product = tl.dot(d, a)
         v = (silu * up).to(y.dtype.element_ty)
         if dropout:
-            product = dropped(product, row, column, mask)
             v = dropped(v, row, column, mask).to(y.dtype.element_ty)
-        dv += product
+        if not complete:
+            d_valid = inside & (rank[None, :] < ranks)
+            product = tl.dot(tl.load(d + base * d_stride + rank[None, :], mask=d_valid, other=0.0), a)
+            if dropout:
+                product = dropped(product, row, column, mask)
+            dv += product
         dgate = (dv * up * (sigmoid + silu * (1.0 - sigmoid))).to(y.dtype.element_ty)
         dup = (dv * silu).to(y.dtype.element_ty)
         tl.store(out + base * 2 * features + column[None, :], dgate, mask=valid)
@@ -84,8 +89,8 @@ def _swiglu_backward(
         else:
             # Loaded as the products want them: a transposition in registers costs more than the product.
             token = row.to(tl.int64)[None, :]
-            d_valid = (row[None, :] < tokens) & (rank[:, None] < ranks)
-            d_t = tl.load(g + token * (features + tail) + features + rank[:, None], mask=d_valid, other=0.0)
+            d_t_valid = (row[None, :] < tokens) & (rank[:, None] < ranks)
+            d_t = tl.load(d + token * d_stride + rank[:, None], mask=d_t_valid, other=0.0)
             total_A = tl.dot(d_t, v, total_A)
             s_valid = (row[None, :] < tokens) & (low_rank[:, None] < low_ranks)
             s = tl.load(low + token * low_tail + low_rank[:, None], mask=s_valid, other=0.0)
@@ -93,45 +98,45 @@ def _swiglu_backward(
             total_up = tl.dot(s, dup, total_up)
     if not dense:
         at = (split * ranks + rank[:, None]) * features + column[None, :]
-        tl.store(dA + at, total_A, mask=a_valid)
+        tl.store(dA + at, total_A, mask=(rank[:, None] < ranks) & inside_n[None, :])
         at = (split * low_ranks + low_rank[:, None]) * 2 * features + column[None, :]
         b_valid = (low_rank[:, None] < low_ranks) & inside_n[None, :]
         tl.store(dB + at, total_gate, mask=b_valid)
         tl.store(dB + at + features, total_up, mask=b_valid)
 
 
-def _tile(block_s: int) -> tuple[Tile, int]:
+def _tile(block_s: int, dense: bool) -> tuple[Tile, int]:
     """(tile, about how many programs), as measured best on an H200."""
-    if block_s > 128:
-        return Tile(32, 64, 8, 3), 896
+    if dense:
+        return Tile(32, 64, 4, 2), 3584
     return (Tile(32, 64, 8, 3), 1792) if block_s <= 64 else (Tile(32, 128, 8, 3), 896)
 
 
 def swiglu_backward(
     g: torch.Tensor,
+    d: torch.Tensor,
     y: torch.Tensor,
-    lora_A: torch.Tensor,
+    lora_A: torch.Tensor | None,
     low: torch.Tensor,
     low_ranks: int,
     mask: Mask | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dy1 [T, 2 F], dA2 [splits, R2, F], dB1 transposed [splits, R1, 2 F], dy · y [T]), the latter three float32, of which the
-    middle two are partial sums.
+    """(dy1 [T, 2 F], dA2 [splits, R2, F], dB1 transposed [splits, R1, 2 F], dy · y [T] float32); the middle two are partial sums.
 
     Args:
-        g: ``[g | d]`` [T, F + p2] of the second linear.
+        g, d: [T, F] and [T, R2] of the second linear, columns contiguous each.
         y: y1 [T, 2 F], the first linear's output.
-        lora_A: A2 [R2, F] with the scaling in it.
+        lora_A: A2 [R2, F] with the scaling in it; None if d A2 is in g.
         low: s1 [T, p1] of the first linear.
         low_ranks: R1.
         mask: of dropout on the second linear's input.
     """
-    (tokens, width), (ranks, features) = g.shape, lora_A.shape
+    (tokens, features), ranks = g.shape, d.shape[1]
     out = torch.empty_like(y)
     block_r = max(16, triton.next_power_of_2(ranks))
     block_s = max(16, triton.next_power_of_2(low_ranks))
-    tile, programs = _tile(block_s)
     dense = mask is None and ranks > MANY_RANKS
+    tile, programs = _tile(block_s, dense)
     columns = triton.cdiv(features, tile.features)
     splits, per_split = tile.splits(tokens, columns, programs)
     sums = splits if not dense else 0
@@ -141,6 +146,7 @@ def swiglu_backward(
     correlation = torch.empty(columns, tokens, dtype=torch.float32, device=y.device)
     _swiglu_backward[(columns, splits)](
         g,
+        d,
         y,
         lora_A,
         low,
@@ -152,10 +158,13 @@ def swiglu_backward(
         tokens,
         features,
         ranks,
-        width - features,
+        g.stride(0),
+        d.stride(0),
+        lora_A.stride(0) if lora_A is not None else 0,
         low_ranks,
         low.shape[1],
         per_split,
+        lora_A is None,
         dense,
         (mask or Mask.none()).arguments(),
         dropout=mask is not None,
@@ -167,6 +176,6 @@ def swiglu_backward(
         num_stages=tile.stages,
     )
     if dense:
-        dA = dense_token_product(g[:, features : features + ranks], activated)
+        dA = dense_token_product(d, activated)
         dB = dense_token_product(low[:, :low_ranks], out)
     return out, dA, dB, correlation.sum(0)

@@ -22,6 +22,7 @@ class Tile(NamedTuple):
 
     def splits(self, tokens: int, columns: int, programs: int) -> tuple[int, int]:
         """(number of runs of tokens, tokens of a run) that make about ``programs`` programs of ``columns`` column tiles."""
-        wanted = max(1, min(-(-tokens // (2 * self.tokens)), -(-programs // columns)))
+        # A run is long enough for its sums to be few beside what it reads.
+        wanted = max(1, min(-(-tokens // max(256, 2 * self.tokens)), -(-programs // columns)))
         run = -(-tokens // (wanted * self.tokens)) * self.tokens
         return -(-tokens // run), run

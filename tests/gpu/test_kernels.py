@@ -104,20 +104,24 @@ def test_gradients_of_the_input_and_of_A(features: int, ranks: int, dropout: Dro
 
 
 @pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["", "dropout"])
+@pytest.mark.parametrize("complete", [False, True], ids=["g", "g + d A"])
 @pytest.mark.parametrize(("features", "ranks"), SHAPES)
-def test_backward_of_swiglu(features: int, ranks: int, dropout: Dropout | None) -> None:
+def test_backward_of_swiglu(features: int, ranks: int, complete: bool, dropout: Dropout | None) -> None:
     A, tail = padded(random(ranks, features, scale=0.02))
     low_ranks = 2 * ranks
     low = random(TOKENS, -(-low_ranks // 64) * 64)
-    g, y = random(TOKENS, features + tail), random(TOKENS, 2 * features)
+    both, y = random(TOKENS, features + tail), random(TOKENS, 2 * features)
+    g, d = both[:, :features], both[:, features : features + ranks]
     wide = y.double().requires_grad_()
     v = torch.nn.functional.silu(wide[:, :features]) * wide[:, features:]
-    d = g[:, features : features + ranks].double()
-    (dy,) = torch.autograd.grad(v, wide, g[:, :features].double() + dropped(d @ A[:ranks].double(), dropout))
-    dA, dB = d.T @ dropped(v.detach(), dropout), low[:, :low_ranks].double().T @ dy
+    dv = g.double() if complete else g.double() + dropped(d.double() @ A[:ranks].double(), dropout)
+    (dy,) = torch.autograd.grad(v, wide, dv)
+    dA, dB = d.double().T @ dropped(v.detach(), dropout), low[:, :low_ranks].double().T @ dy
 
     def kernel() -> Results:
-        out, dA, dB, correlation = swiglu_backward(g, y, A[:ranks], low, low_ranks, mask_of(dropout))
+        out, dA, dB, correlation = swiglu_backward(
+            g, d, y, None if complete else A[:ranks], low, low_ranks, mask_of(dropout)
+        )
         return out, dA.sum(0), dB.sum(0), correlation
 
     check(kernel, (dy, dA, dB, (dy * y.double()).sum(1)))
