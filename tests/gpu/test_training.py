@@ -15,7 +15,7 @@ from mlora import LoraConfig
 from mlora.model import build_model
 from mlora.pretrained import Pretrained
 from parallel.sizes import ParallelSizes
-from tests.gpu.ranks import each_has_a_gpu, run_gpu_ranks
+from tests.gpu.ranks import run_gpu_ranks
 from tests.peft_oracle import train_with_peft
 from tests.tiny import tokens, write_model
 from tests.training import Case, Layout, Run, errors, failures, join, train_all
@@ -76,8 +76,6 @@ def test_packed_rows_with_dropout_are_those_of_megatrons_local_layers(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_numbers_of_one_gpu(models: dict[str, Path], runs: dict[str, Run], layout: str) -> None:
     given = LAYOUTS[layout]
-    if given.sizes.pipeline > 1 and not each_has_a_gpu(given.world):
-        pytest.skip("gloo cannot send from GPU to GPU: pipeline stages need a GPU each")
     ranks = run_gpu_ranks(given.world, train_all, models, CASES, given, sizes=given.sizes)
     for name, run in runs.items():
         assert not failures(join([share[name] for share in ranks]), run), name
@@ -87,12 +85,20 @@ def bf16(case: Case, **overrides: Any) -> Case:
     return replace(case, overrides={**case.overrides, **BF16, **overrides})
 
 
+def distance(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """Relative, of all tensors together."""
+    off = sum(float((ours[name] - value).square().sum()) for name, value in exact.items())
+    return (off / sum(float(value.square().sum()) for value in exact.values())) ** 0.5
+
+
 def worst(run: Run, reference: Run) -> dict[str, float]:
-    """The greatest error of each kind of number."""
+    """The greatest error of each kind of number; of logits, the error of them all, of which 16 bits make one far off by chance."""
     found: dict[str, float] = {}
     for name, error in errors(run, reference).items():
         kind = name.partition(" ")[0]
         found[kind] = max(found.get(kind, 0.0), error)
+    for kind in ("logits_before", "logits_after"):
+        found[kind] = distance({kind: getattr(run, kind)}, {kind: getattr(reference, kind)})
     return found
 
 
@@ -144,12 +150,6 @@ def test_recomputation_changes_no_bit(models: dict[str, Path], recompute: dict[s
     for name in names:
         assert kept[name].steps == again[name].steps
         assert all(torch.equal(mine[2], again[name].final[key][2]) for key, mine in kept[name].final.items())
-
-
-def distance(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
-    """Relative, of all tensors together."""
-    off = sum(float((ours[name] - value).square().sum()) for name, value in exact.items())
-    return (off / sum(float(value.square().sum()) for value in exact.values())) ** 0.5
 
 
 def weight_gradients(path: Path, overrides: dict[str, Any]) -> dict[str, torch.Tensor]:
