@@ -10,6 +10,7 @@ All else is an error.
 """
 
 import contextlib
+import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,19 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.nn.modules.module import _IncompatibleKeys
 
 from mlora.checkpoint import PREFIX
+from mlora.damage import newest_first
+from mlora.description import ITERATION
+from parallel.errors import DamagedError
+from parallel.reader import DIRECTORY, FORMAT_FILE, Reader
 from parallel.together import together
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...] | None]
@@ -43,11 +50,13 @@ class Source:
         option: the name of the argument that says it: ``pretrained_checkpoint`` or ``load``.
         checkpoint: the directory of its newest, or chosen, checkpoint.
         adapter: the checkpoint that Megatron will load the adapter from.
+        step: its iteration, if it is not the one that Megatron would take: newer ones are damaged.
     """
 
     option: str
     checkpoint: Path
     adapter: Path | None
+    step: int | None = None
 
     @classmethod
     def of(cls, args: Namespace) -> "Source":
@@ -55,9 +64,12 @@ class Source:
 
         Raises:
             FileNotFoundError: there is no checkpoint where one is named.
-            ValueError: there is no base, or the options contradict each other or what the checkpoints hold.
+            ValueError: there is no base, no adapter checkpoint is whole, or the options contradict each other or what the
+                checkpoints hold.
         """
-        loaded = _newest(args, "load")
+        newest = _newest(args, "load")
+        # What --load names may also be a base, which is Megatron's to judge.
+        loaded = newest if newest is None or args.pretrained_checkpoint is None else _whole(args, newest)
         has_adapter = loaded is not None and _holds_adapter(loaded)
         if args.pretrained_checkpoint is None:
             if has_adapter:
@@ -85,7 +97,8 @@ class Source:
                 f"--load {args.load} holds no adapter, and --pretrained-checkpoint {args.pretrained_checkpoint} is the base: which "
                 f"of them is it?"
             )
-        return cls("pretrained_checkpoint", base, loaded)
+        step = int(loaded.name.removeprefix("iter_")) if loaded is not None and loaded != newest else None
+        return cls("pretrained_checkpoint", base, loaded, step)
 
 
 def load_base(args: Namespace, chunks: Sequence[torch.nn.Module]) -> Path | None:
@@ -110,6 +123,8 @@ def load_base(args: Namespace, chunks: Sequence[torch.nn.Module]) -> Path | None
     with _only_weights(args, source):
         load_checkpoint([_Strict(chunk, source) for chunk in chunks], None, None, load_arg=source.option)
     setattr(args, source.option, None)
+    if source.step is not None:
+        args.ckpt_step = source.step
     if source.adapter is None and args.load is not None:
         # A first start. Only a non-persistent checkpoint can be there, which Megatron looks for in its own way.
         args.load = args.load if args.non_persistent_ckpt_type else None
@@ -186,6 +201,40 @@ def _newest(args: Namespace, option: str) -> Path | None:
     return Path(folder) / name
 
 
+def _whole(args: Namespace, newest: Path) -> Path:
+    """The newest checkpoint of ``--load`` that is whole, as far as can be seen without reading tensors; others are named.
+
+    Raises:
+        DamagedError: none is, or ``--ckpt-step`` asks for one that is not.
+    """
+    if not ITERATION.fullmatch(newest.name):
+        return newest
+    damaged = []
+    for path in newest_first(newest.parent):
+        if len(path.name) > len(newest.name) or path.name > newest.name:
+            continue  # Megatron did not come to the end of saving it.
+        try:
+            _check_whole(path)
+            return path
+        except DamagedError as error:
+            if args.ckpt_step:
+                raise
+            logger.error("checkpoint %s is damaged and is passed over: %s", path.name, error)
+            damaged.append(str(error))
+    raise DamagedError(
+        f"no checkpoint in {args.load} is whole, so there is nothing to go on from: {'; '.join(damaged)}"
+    )
+
+
+def _check_whole(checkpoint: Path) -> None:
+    if not (checkpoint / DIRECTORY).exists() and not any(checkpoint.glob("*.distcp")):
+        return  # Of the older format.
+    if not (checkpoint / FORMAT_FILE).is_file():
+        raise DamagedError(f"{checkpoint / FORMAT_FILE} is missing")
+    with Reader(checkpoint):
+        pass
+
+
 def _holds_adapter(checkpoint: Path) -> bool:
     return check_is_distributed_checkpoint(str(checkpoint)) and any(
         key.startswith(PREFIX) for key in _shapes(checkpoint)
@@ -204,6 +253,7 @@ def _check_same(source: Source, chunks: Sequence[torch.nn.Module], lenient: bool
     wanted: Shapes = {}
     for chunk in chunks:
         state = chunk.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+        apply_factories(state)  # A gated MLP's first weight is two pieces of one.
         for piece in nested_values(state):
             if isinstance(piece, ShardedTensor):
                 # The vocabulary is padded to the tensor-parallel size, and that may be another.

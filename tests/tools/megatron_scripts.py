@@ -19,9 +19,9 @@ from parallel.optimizer import load as load_optimizer
 from parallel.sizes import ParallelSizes
 from tests.ranks import end_writers, run_ranks
 
-# A small GPT on invented data; float32, on Megatron's local layers.
+# A small gated GPT on invented data; float32, on Megatron's local layers.
 MODEL = """
-    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --vocab-size 127
+    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --swiglu --disable-bias-linear --seq-length 32 --max-position-embeddings 32 --vocab-size 127
     --make-vocab-size-divisible-by 32 --tokenizer-type NullTokenizer --mock-data --split 90,5,5 --transformer-impl local
     --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-persist-layer-norm
     --no-gradient-accumulation-fusion --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.2
@@ -84,7 +84,7 @@ def _leave(code: int | None = None) -> None:
     raise _Left if not code else SystemExit(code)
 
 
-def _script(rank: int, main: Callable[[], Any], argv: Sequence[str], watch: Callable[[], Any] | None) -> dict[str, Any]:
+def _script(rank: int, main: Callable[[], Any], argv: Sequence[str]) -> dict[int, tuple[float | None, float]]:
     from megatron.training import training
 
     seen: list[tuple[int, dict[str, float], float]] = []
@@ -98,10 +98,7 @@ def _script(rank: int, main: Callable[[], Any], argv: Sequence[str], watch: Call
     with training_on_cpu(argv), mock.patch.object(training, "training_log", log_and_keep):
         with contextlib.suppress(_Left):
             main()
-        return {
-            "steps": {iteration: (losses.get("lm loss"), grad_norm) for iteration, losses, grad_norm in seen},
-            "watched": watch() if watch else None,
-        }
+        return {iteration: (losses.get("lm loss"), grad_norm) for iteration, losses, grad_norm in seen}
 
 
 def run_script(
@@ -111,11 +108,10 @@ def run_script(
     tensor: int = 1,
     pipeline: int = 1,
     virtual: int | None = None,
-    watch: Callable[[], Any] | None = None,
-) -> list[dict[str, Any]]:
-    """``main`` as ``size`` ranks; of each its losses and gradient norms by iteration, and what ``watch`` says at the end."""
+) -> list[dict[int, tuple[float | None, float]]]:
+    """``main`` as ``size`` ranks; of each its losses and gradient norms by iteration."""
     sizes = ParallelSizes(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual)
     layout = ["--tensor-model-parallel-size", str(tensor), "--pipeline-model-parallel-size", str(pipeline)]
     if virtual:
         layout += ["--num-virtual-stages-per-pipeline-rank", str(virtual)]
-    return run_ranks(size, _script, main, [*MODEL.split(), *STEPS.split(), *layout, *argv], watch, sizes=sizes)
+    return run_ranks(size, _script, main, [*MODEL.split(), *STEPS.split(), *layout, *argv], sizes=sizes)

@@ -1,6 +1,8 @@
 """Megatron's own `pretrain` with LoRA plugged in, whole: on real ranks, with mock data, from its parser to its last evaluation."""
 
+import os
 import re
+import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +54,7 @@ def straight(base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
     folder = tmp_path_factory.mktemp("straight")
     tensorboard = ["--tensorboard-dir", str(folder / "tensorboard"), "--eval-interval", "2"]
     (result,) = run_script(main, "--pretrained-checkpoint", base, "--save", str(folder), *LORA, *tensorboard)
-    return result["steps"], folder
+    return result, folder
 
 
 def _same_steps(found: dict[int, Any], expected: dict[int, Any], iterations: Sequence[int]) -> None:
@@ -82,7 +84,7 @@ def test_every_layout_gives_the_same_numbers(
 ) -> None:
     save = ["--save", str(tmp_path)]
     ranks = run_script(main, "--pretrained-checkpoint", base, *save, *LORA, *options, size=size, **layout)
-    _same_steps(ranks[-1]["steps"], straight[0], range(1, ITERATIONS + 1))
+    _same_steps(ranks[-1], straight[0], range(1, ITERATIONS + 1))
     _same_adapters(tmp_path, straight[1])
     with Reader(tmp_path / "iter_0000004") as reader:
         assert all("adapter.decoder" in key for key in reader.tensors())
@@ -106,10 +108,34 @@ def test_a_run_that_stops_goes_on(
 ) -> None:
     arguments = ["--pretrained-checkpoint", base, "--save", str(tmp_path), "--load", str(tmp_path), *LORA, *options]
     ranks = run_script(main, *arguments, "--exit-interval", "2", **stopped)
-    _same_steps(ranks[-1]["steps"], straight[0], [1, 2])
+    _same_steps(ranks[-1], straight[0], [1, 2])
     ranks = run_script(main, *arguments, **resumed)
-    _same_steps(ranks[-1]["steps"], straight[0], [3, 4])
+    _same_steps(ranks[-1], straight[0], [3, 4])
     _same_adapters(tmp_path, straight[1])
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    base: str, straight: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(straight[1], tmp_path, dirs_exist_ok=True)
+    shard = tmp_path / "iter_0000004" / "__0_0.distcp"
+    os.truncate(shard, 1000)
+    chosen = Namespace(load=str(tmp_path), pretrained_checkpoint=base, finetune=False, ckpt_step=4)
+    with pytest.raises(ValueError, match=rf"{shard} is truncated"):
+        Source.of(chosen)
+    newest = Namespace(**{**vars(chosen), "ckpt_step": None})
+    assert Source.of(newest).adapter == tmp_path / "iter_0000002"
+    assert f"iter_0000004 is damaged and is passed over: {shard} is truncated: 1000 bytes" in caplog.text
+    place = ["--pretrained-checkpoint", base, "--save", str(tmp_path), "--load", str(tmp_path)]
+    ranks = run_script(main, *place, *LORA, size=2, pipeline=2)
+    _same_steps(ranks[-1], straight[0], [3, 4])
+    _same_adapters(tmp_path, straight[1])
+    for each in tmp_path.glob("iter_*"):
+        (each / "metadata.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"no checkpoint in .* is whole.*iter_0000004/metadata.json is missing; .*0002"
+    ):
+        Source.of(newest)
 
 
 def test_logging_and_evaluation_are_megatrons(straight: Any) -> None:
@@ -184,7 +210,7 @@ def _main_of_an_older_script() -> None:
 def test_a_model_provider_is_wrapped_where_there_are_no_hooks(base: str, straight: Any) -> None:
     layout = {"size": 2, "pipeline": 2, "virtual": 2}
     ranks = run_script(_main_of_an_older_script, "--pretrained-checkpoint", base, *LORA, **layout)
-    _same_steps(ranks[-1]["steps"], straight[0], range(1, ITERATIONS + 1))
+    _same_steps(ranks[-1], straight[0], range(1, ITERATIONS + 1))
 
 
 def _hunks_of_the_readme() -> list[tuple[str, str]]:
@@ -218,7 +244,7 @@ def test_without_options_the_script_is_what_it_was(capfd: pytest.CaptureFixture[
     (ours,) = run_script(main, "--eval-interval", "2")
     assert "validation loss at iteration 4 |" in capfd.readouterr().out
     (plain,) = run_script(_main_before_the_diff, "--eval-interval", "2")
-    assert ours["steps"] == plain["steps"]
+    assert ours == plain
 
 
 @pytest.mark.parametrize(
@@ -247,17 +273,17 @@ def test_options_that_contradict_each_other_are_refused(
 
 def test_a_base_in_load_is_taken_with_finetune(base: str, straight: Any) -> None:
     (result,) = run_script(main, "--load", base, "--finetune", *LORA)
-    _same_steps(result["steps"], straight[0], range(1, ITERATIONS + 1))
+    _same_steps(result, straight[0], range(1, ITERATIONS + 1))
     # The model starts as the base: a new adapter adds nothing to its first loss.
     (plain,) = run_script(main, "--load", base, "--finetune", "--train-iters", "1")
-    assert plain["steps"][1][0] == straight[0][1][0]
+    assert plain[1][0] == straight[0][1][0]
 
 
 def test_a_base_in_megatrons_older_format_is_taken(straight: Any, tmp_path: Path) -> None:
     run_script(main, "--save", str(tmp_path), "--train-iters", "2", "--ckpt-format", "torch")
     older = ["--pretrained-checkpoint", str(tmp_path), "--auto-detect-ckpt-format", *LORA]
     (result,) = run_script(main, *older)
-    _same_steps(result["steps"], straight[0], range(1, ITERATIONS + 1))
+    _same_steps(result, straight[0], range(1, ITERATIONS + 1))
     with pytest.raises(AssertionError, match=r"is not this model's: output_layer\.weight is in one of them only"):
         run_script(main, *older, "--untie-embeddings-and-output-weights")
 
@@ -265,8 +291,8 @@ def test_a_base_in_megatrons_older_format_is_taken(straight: Any, tmp_path: Path
 def test_finetune_takes_the_adapters_weights_alone(base: str, straight: Any) -> None:
     again = ["--pretrained-checkpoint", base, "--load", str(straight[1]), "--finetune", *LORA]
     (result,) = run_script(main, *again, "--train-iters", "2")
-    assert sorted(result["steps"]) == [1, 2]
-    assert abs(result["steps"][1][0] - straight[0][1][0]) > 0.1
+    assert sorted(result) == [1, 2]
+    assert abs(result[1][0] - straight[0][1][0]) > 0.1
 
 
 def test_a_stage_may_hold_no_adapter(base: str, tmp_path: Path) -> None:
@@ -275,7 +301,7 @@ def test_a_stage_may_hold_no_adapter(base: str, tmp_path: Path) -> None:
     place = ["--save", str(tmp_path), "--load", str(tmp_path)]
     for exit_interval, iterations in (("2", [1, 2]), ("100", [3, 4])):
         ranks = run_script(main, *first_layer, *place, "--exit-interval", exit_interval, size=2, pipeline=2)
-        _same_steps(ranks[-1]["steps"], alone["steps"], iterations)
+        _same_steps(ranks[-1], alone, iterations)
 
 
 @pytest.mark.parametrize(
