@@ -43,6 +43,7 @@ class AdapterBank(Bank):
         weight_before_merge: the base weight without it, on the host.
         scale_of_merge: DoRA's factor of each row in that merge.
         packed: the fused way's buffers (:mod:`mlora.packed`); None on the other ways.
+        captured: buffers that are in use no more, except by CUDA graphs, which know addresses only.
     """
 
     adapters: torch.nn.ModuleDict
@@ -55,6 +56,14 @@ class AdapterBank(Bank):
         self.weight_before_merge: torch.Tensor | None = None
         self.scale_of_merge: torch.Tensor | None = None
         self.packed: Any = None
+        self.captured: list[Any] = []
+
+    def delete(self, name: str) -> None:
+        """See :class:`Bank`."""
+        adapter = self.adapter(name)
+        super().delete(name)
+        if self.packed is not None and adapter is not None:
+            self.packed.release(adapter)
 
     def adapter(self, name: str) -> LinearAdapter | None:
         """The adapter ``name`` on this linear, if it targets it."""

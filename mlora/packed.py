@@ -35,6 +35,8 @@ class Packed:
     """The buffers of one linear and one adapter.
 
     Attributes:
+        adapter: None once it is deleted.
+        captured: a CUDA graph was captured that reads and writes them.
         buffer: with P.
         weight: [W | B] [out, in + p].
         upright: [W; A] [out + p, in].
@@ -43,7 +45,8 @@ class Packed:
     """
 
     def __init__(self, weight: torch.nn.Parameter, adapter: LinearAdapter, previous: "Packed | None" = None) -> None:
-        self.adapter = adapter
+        self.adapter: LinearAdapter | None = adapter
+        self.dtype, self.captured = adapter.dtype, False
         self._starts = _starts(adapter)
         self.ranks = max(start + adapter.ranks[part] for part, start in self._starts.items())
         self.tail = -(-self.ranks // _ALIGNMENT) * _ALIGNMENT
@@ -56,15 +59,32 @@ class Packed:
         self.upright = self.buffer.whole[:, :features]
         self.padded_A = self.upright[rows:]
         self.lora_A = self.padded_A[: self.ranks]
-        self._make_tables(rows)
+        self._make_tables(rows, adapter)
 
     def is_of(self, weight: torch.nn.Parameter) -> bool:
         """Whether ``weight`` is a view of P: a model that was moved or cast has another one."""
         return weight.data_ptr() == self.weight.data_ptr()
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """A's and then B's, in the order of :meth:`gradients`."""
-        return [*self.adapter.lora_A.values(), *self.adapter.lora_B.values()]
+        """A's and then B's, in the order of :meth:`gradients`.
+
+        Raises:
+            RuntimeError: the adapter was deleted, after a forward whose backward wants it.
+        """
+        return [*self._adapter.lora_A.values(), *self._adapter.lora_B.values()]
+
+    @property
+    def _adapter(self) -> LinearAdapter:
+        if self.adapter is None:
+            raise RuntimeError("an adapter was deleted between forward and backward")
+        return self.adapter
+
+    def release(self, adapter: LinearAdapter) -> None:
+        """Forget an adapter that is deleted; the buffer stays for the next one."""
+        if self.buffer.filled_by is adapter:
+            self.clear()
+        if self.adapter is adapter:
+            self.adapter = None
 
     @torch.no_grad()
     def clear(self) -> None:
@@ -80,10 +100,12 @@ class Packed:
         replayed CUDA graph must see what it made of them."""
         if self.buffer.filled_by is not self.adapter:
             self.clear()
-        A = [parameter.detach() for parameter in self.adapter.lora_A.values()]
-        B = [parameter.detach() for parameter in self.adapter.lora_B.values()]
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            self.captured = True
+        A = [parameter.detach() for parameter in self._adapter.lora_A.values()]
+        B = [parameter.detach() for parameter in self._adapter.lora_B.values()]
         pack(A, B, self._scaling, self._tables, self.lora_A, self.weight[:, self.lora_A.shape[1] :][:, : self.ranks])
-        self.buffer.filled_by = self.adapter
+        self.buffer.filled_by = self._adapter
 
     def refill(self) -> None:
         """Before backward: copy in again if another adapter has run since forward."""
@@ -91,25 +113,25 @@ class Packed:
             self.fill()
 
     def gradients(self, dA: torch.Tensor, dB: torch.Tensor) -> list[torch.Tensor]:
-        """The parameters' gradients from partial sums: dA [splits, R, in] and dB [splits, R, out], float32."""
-        whole_A, whole_B = sums(dA, dB, self._scaling, self._tables, self._elements, self.adapter.dtype)
+        """The parameters' gradients from partial sums: dA [splits, R, in] and dB [splits, R, out]."""
+        whole_A, whole_B = sums(dA, dB, self._scaling, self._tables, self._elements, self.dtype)
         result, row, at = [], 0, 0
-        for parameter in self.adapter.lora_A.values():
+        for parameter in self._adapter.lora_A.values():
             result.append(whole_A[row : row + parameter.shape[0]])
             row += parameter.shape[0]
-        for parameter in self.adapter.lora_B.values():
+        for parameter in self._adapter.lora_B.values():
             result.append(whole_B[at : at + parameter.numel()].view_as(parameter))
             at += parameter.numel()
         return result
 
-    def _make_tables(self, rows: int) -> None:
+    def _make_tables(self, rows: int, adapter: LinearAdapter) -> None:
         tables = torch.zeros(5, rows, dtype=torch.int32)
         part, place, start, count, offset = tables
         scaling, at = torch.empty(self.ranks), 0
         for name, first in self._starts.items():
-            scaling[first : first + self.adapter.ranks[name]] = self.adapter.scaling[name]
-        for number, (name, parameter) in enumerate(self.adapter.lora_B.items()):
-            index, (length, rank) = self.adapter.index(name).cpu(), parameter.shape
+            scaling[first : first + adapter.ranks[name]] = adapter.scaling[name]
+        for number, (name, parameter) in enumerate(adapter.lora_B.items()):
+            index, (length, rank) = adapter.index(name).cpu(), parameter.shape
             own = torch.arange(length, dtype=torch.int32)
             part[index], place[index], offset[index] = number, own, at + own * rank
             start[index], count[index] = self._starts[name], rank

@@ -65,13 +65,23 @@ class TeLora:
 
     lora: AdapterBank
     weight: torch.nn.Parameter
+    _version = 0  # of the weight at the last forward of Transformer Engine's own
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x as Megatron gives it to the base -> (y, bias to be added later)."""
+        """x as Megatron gives it to the base -> (y, bias to be added later).
+
+        Raises:
+            RuntimeError: a parameter of the base requires a gradient, which it would not get, or not whole.
+        """
         adapter = self.lora.current()
         packed = self.packed(adapter)
+        if adapter is not None or packed is not None:
+            self._check_frozen()
         if packed is not None:
             return self._fused(x, adapter, packed)
+        if self.weight._version != self._version:
+            # A weight in FP8 is made of the first micro batch's and kept, and a merge changes it in between.
+            self.is_first_microbatch, self._version = True, self.weight._version
         y, bias = super().forward(x)  # type: ignore[misc]
         if adapter is None:
             return y, bias
@@ -101,6 +111,8 @@ class TeLora:
                 kept.clear()
             return kept
         if kept is None or kept.adapter is not adapter:
+            if kept is not None and kept.captured:
+                self.lora.captured.append(kept)
             if obstacle(self, adapter) is not None:
                 if kept is not None:  # Made for another adapter; Transformer Engine must not see its view.
                     self.weight.data = self.weight.data.contiguous()
@@ -108,9 +120,17 @@ class TeLora:
                 return None
             from mlora.packed import Packed
 
-            kept = self.lora.packed = Packed(self.weight, adapter, kept)
+            with torch.inference_mode(False):  # What is made in it could not be used to train.
+                kept = self.lora.packed = Packed(self.weight, adapter, kept)
         kept.fill()
         return kept
+
+    def _check_frozen(self) -> None:
+        base = (getattr(self, name, None) for name in ("weight", "bias", "layer_norm_weight", "layer_norm_bias"))
+        if any(parameter.requires_grad for parameter in base if parameter is not None):
+            raise RuntimeError(
+                "an adapted linear gives its base no gradient: its weight and bias, and the norm in front, must stay frozen"
+            )
 
     def norm(self) -> Any:
         """The RMS norm in front of the linear; None if there is none."""
