@@ -55,28 +55,35 @@ def errors(linear: Any, tokens: int) -> dict[str, tuple[float, float]]:
     ours["y"] = linear(x)[0].detach()
     for parameter in adapter.parameters():
         parameter.grad = None
-    exact, plain = _plain(linear, x.detach(), dy, torch.float32), _plain(linear, x.detach(), dy, torch.bfloat16)
+    exact, theirs = plain(linear, x.detach(), dy, torch.float32), plain(linear, x.detach(), dy, torch.bfloat16)
     found: dict[str, tuple[float, float]] = {}
     for kind, of in (("y", "y"), ("dx", "dx"), ("dA", "lora_A."), ("dB", "lora_B.")):
         names = [name for name in exact if name.startswith(of)]
-        found[kind] = _distance(ours, exact, names), _distance(plain, exact, names)
+        found[kind] = _distance(ours, exact, names), _distance(theirs, exact, names)
     return found
 
 
-def _plain(linear: Any, x: torch.Tensor, dy: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Norm, base product, A, B, scale, sum, one operation after another at ``dtype``."""
+def plain(linear: Any, x: torch.Tensor, dy: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """y, dx and the parameters' gradients of an adapted linear in torch at ``dtype``, one operation after another, as PEFT does
+    it: norm, base product, dropout, A, B, scale, sum. ``x`` [s, b, in] and ``dy`` [s, b, out] of any dtype."""
     adapter = linear.lora.current()
-    v = x = x.to(dtype).requires_grad_()
+    v = x = x.detach().to(dtype).requires_grad_()
     if getattr(linear, "layer_norm_weight", None) is not None:
-        v = torch.nn.functional.rms_norm(x, (x.shape[-1],), linear.layer_norm_weight.detach().to(dtype), linear.eps)
-    parameters = {name: p.detach().to(dtype).requires_grad_() for name, p in adapter.named_parameters()}
+        wide = torch.promote_types(dtype, torch.float32)  # As every norm is computed.
+        weight = linear.layer_norm_weight.detach().to(wide) + (1 if linear.zero_centered_gamma else 0)
+        v = torch.nn.functional.rms_norm(x.to(wide), (x.shape[-1],), weight, linear.eps).to(dtype)
     y = v @ linear.weight.detach().to(dtype).T
+    if linear.use_bias:
+        y = y + linear.bias.detach().to(dtype)
+    parameters = {name: p.detach().to(dtype).requires_grad_() for name, p in adapter.named_parameters()}
+    mask = adapter.dropout(x.shape[0])
+    dropped = v if mask is None else mask(v)
     for part in adapter.parts:
-        term = (v @ parameters[f"lora_A.{part}"].T) @ parameters[f"lora_B.{part}"].T
-        y = y.index_add(2, adapter.index(part), term * adapter.scaling[part])
+        A = parameters[f"lora_A.{'shared' if adapter.shares_A else part}"]
+        term = (dropped @ A.T) @ parameters[f"lora_B.{part}"].T * adapter.scaling[part]
+        y = y.index_add(2, adapter.index(part), term)
     y.backward(dy.to(dtype))
-    gradients = {name: parameter.grad for name, parameter in parameters.items()}
-    return {"y": y.detach(), "dx": x.grad, **gradients}
+    return {"y": y.detach(), "dx": x.grad, **{name: p.grad for name, p in parameters.items()}}
 
 
 def _distance(ours: Named, exact: Named, names: Sequence[str]) -> float:

@@ -40,10 +40,11 @@ from mlora_tools.bench_layers import (
     transformer_config,
 )
 from mlora_tools.bench_linear import errors, inputs, linear_step, linears
+from mlora_tools.bench_profile import profile_rows
 from parallel.launch import distributed
 from parallel.sizes import ParallelSizes
 
-SECTIONS = ("layer", "graph", "shard", "linear", "peer", "model")
+SECTIONS = ("layer", "graph", "shard", "linear", "peer", "model", "profile")
 
 
 def layer_rows(tokens: int, rounds: int) -> dict[str, float]:
@@ -249,6 +250,9 @@ def _rows(section: str, arguments: argparse.Namespace) -> dict[str, float]:
         return shard_rows(arguments.rounds)
     if section == "linear":
         return linear_rows(arguments.tokens, arguments.rounds)
+    if section == "profile":
+        models = {"frozen": prepared(Layer(), None), "LoRA r 16": prepared(Layer(), adapter(16))}
+        return profile_rows({name: layer_step(model, arguments.tokens) for name, model in models.items()})
     if section == "peer":
         return peer_rows(arguments.tokens, arguments.rounds)
     return model_rows(arguments.tokens, arguments.layers)

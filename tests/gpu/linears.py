@@ -1,4 +1,4 @@
-"""Transformer Engine's linears with adapters, and the same mathematics in plain torch at any dtype, one operation after another."""
+"""Transformer Engine's linears with adapters, and the same mathematics in plain torch at any dtype."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,7 @@ import mlora
 from mlora import LoraConfig
 from mlora.attach import factors
 from mlora.dropout import MicroBatch, set_micro_batch
+from mlora_tools.bench_linear import plain as in_torch
 
 HIDDEN, FFN, HEADS, GROUPS, WIDTH = 256, 384, 8, 2, 32
 TOKENS, ROWS = 96, 2
@@ -138,28 +139,10 @@ def run(linear: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def plain(linear: Any, dtype: torch.dtype, given: torch.dtype) -> dict[str, torch.Tensor]:
-    """The same in torch at ``dtype``, on inputs rounded to ``given``: norm, base product, dropout, A, B, scale, sum."""
+    """The same in plain torch at ``dtype``, on inputs rounded to ``given``."""
     set_micro_batch(STEP)
-    x = random(3, TOKENS, ROWS, linear.in_features, dtype=given).to(dtype).requires_grad_()
-    v = x
-    if getattr(linear, "layer_norm_weight", None) is not None:
-        wide = torch.promote_types(dtype, torch.float32)  # As every norm is computed.
-        weight = linear.layer_norm_weight.detach().to(wide) + (1 if linear.zero_centered_gamma else 0)
-        v = torch.nn.functional.rms_norm(x.to(wide), (x.shape[-1],), weight, linear.eps).to(dtype)
-    y = v @ linear.weight.detach().to(dtype).T
-    if linear.use_bias:
-        y = y + linear.bias.detach().to(dtype)
-    adapter = linear.lora.current()
-    parameters = {name: p.detach().to(dtype).requires_grad_() for name, p in adapter.named_parameters()}
-    mask = adapter.dropout(TOKENS)
-    dropped = v if mask is None else mask(v)
-    for part in adapter.parts:
-        A = parameters[f"lora_A.{'shared' if adapter.shares_A else part}"]
-        term = (dropped @ A.T) @ parameters[f"lora_B.{part}"].T * adapter.scaling[part]
-        y = y.index_add(2, adapter.index(part), term)
-    y.backward(random(4, *y.shape, dtype=given).to(dtype))
-    assert x.grad is not None
-    return {"y": y.detach(), "dx": x.grad, **{name: p.grad for name, p in parameters.items()}}  # type: ignore[dict-item]
+    x = random(3, TOKENS, ROWS, linear.in_features, dtype=given)
+    return in_torch(linear, x, random(4, TOKENS, ROWS, linear.out_features, dtype=given), dtype)
 
 
 def relative(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -33,7 +33,7 @@ from tests.gpu.linears import FC1, ROWS, TOKENS, Case, build, random
 from tests.mlora.conversion.adapters import write_peft as write_with_peft
 from tests.mlora.test_saved import ADAPTERS as SAVED
 from tests.mlora.test_saved import labelled, micro_batches
-from tests.tiny import write_model
+from tests.tiny import VOCAB, write_model
 
 TE: dict[str, Any] = {"transformer_impl": "transformer_engine"}
 LOCAL: dict[str, Any] = {"transformer_impl": "local"}
@@ -184,8 +184,8 @@ def test_log_probabilities_are_pefts(folder: Path, tmp_path: Path, name: str) ->
     for way, ours in found.items():
         theirs = expected[way.partition(" ")[0]]
         off = (ours - theirs).abs().max() / theirs.abs().max()
-        # A merged weight is rounded to float32 once more, and these deltas are as large as the weights.
-        assert off < (1e-5 if way == "on merged" else 2e-6), (way, off)
+        # cuBLAS sums in another order than the CPU; a merged weight is rounded to float32 once more.
+        assert off < 1e-5, (way, off)
         if way.startswith("off"):
             assert torch.equal(ours, found["off never"]), way
         elif way != "on merged":
@@ -408,7 +408,8 @@ def test_a_merge_is_seen_where_products_are_in_fp8(folder: Path) -> None:
     batch = on_device(micro_batches()[0])
 
     def logits() -> torch.Tensor:
-        return chunks[0].eval()(batch["tokens"], batch["position_ids"], None)  # type: ignore[no-any-return]
+        found: torch.Tensor = chunks[0].eval()(batch["tokens"], batch["position_ids"], None)
+        return found[..., :VOCAB]
 
     on = logits()
     with mlora.disable_adapter(chunks):
@@ -508,6 +509,9 @@ def test_training_and_merging_may_follow_inference(folder: Path, dtype: torch.dt
     before = base_weights(chunks)
     with torch.inference_mode():
         evaluated(chunks)
+    type(
+        chunks[0].rotary_pos_emb
+    ).forward.cache_clear()  # Megatron's own angles, made in inference mode, serve no training.
     for name in ("wide", "twin"):
         mlora.set_adapter(chunks, name)
         assert same(trained(chunks, name), expected[name])

@@ -4,8 +4,6 @@ The yardstick is plain torch in the same dtype on the same numbers, which rounds
 off by no more than half as much again.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,22 +12,12 @@ import torch
 import mlora
 from mlora import te
 from mlora.dropout import MicroBatch, set_micro_batch
+from mlora_tools.bench_layers import beside
 from tests.gpu.linears import CASES, COLUMN, FC1, QKV, REPLICATED, Case, build, plain, relative, run
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SLACK = 1.5
 FLOOR = {torch.bfloat16: 1e-4, torch.float16: 1e-5, torch.float32: 1e-6}
-
-
-@contextmanager
-def beside() -> Iterator[None]:
-    """The plain way for every linear while it lasts."""
-    rules = te._RULES
-    te._RULES = [(lambda module, adapter: False, "the test asks for the plain way")]
-    try:
-        yield
-    finally:
-        te._RULES = rules
 
 
 def check(linear: Any, dtype: torch.dtype) -> None:
