@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from mlora_tools.arguments import Arguments
 from mlora_tools.failure import one_line_errors
+from mlora_tools.imports import uncollected
 from mlora_tools.messages import set_up_messages
 from mlora_tools.options import UsageError
 
@@ -23,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with one_line_errors(rank) as outcome:
         arguments = Arguments.parse(argv)
         _check_installed(arguments)
-        from mlora_tools.run import finetune  # Here, because it imports torch and Megatron, which takes seconds.
+        with uncollected():
+            from mlora_tools.run import finetune  # Here, because it imports torch and Megatron, which takes seconds.
 
         finetune(arguments)
     return outcome.code

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from mlora_tools.arguments import Layout
 from mlora_tools.failure import one_line_errors
+from mlora_tools.imports import uncollected
 from mlora_tools.messages import set_up_messages
 from mlora_tools.options import Help, parse
 
@@ -42,17 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_logits(files: Files, layout: Layout) -> None:
     """Build, load, run, and write on rank 0."""
-    import torch.distributed as dist
-    from safetensors.torch import load_file, save_file
+    with uncollected():
+        import torch.distributed as dist
+        from safetensors.torch import load_file, save_file
 
-    import mlora
-    from mlora.checkpoint import load_checkpoint
-    from mlora.description import CONFIG_FILE, latest_checkpoint
-    from mlora.logits import whole_logits
-    from mlora.model import build_model
-    from mlora.pretrained import Pretrained
-    from parallel.launch import distributed
-    from parallel.together import on_rank_zero
+        import mlora
+        from mlora.checkpoint import load_checkpoint
+        from mlora.description import CONFIG_FILE, latest_checkpoint
+        from mlora.logits import whole_logits
+        from mlora.model import build_model
+        from mlora.pretrained import Pretrained
+        from parallel.launch import distributed
+        from parallel.together import on_rank_zero
 
     base = Pretrained.open(files.base)
     checkpoint = latest_checkpoint(files.checkpoints)
