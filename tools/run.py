@@ -237,7 +237,7 @@ def _run(setting: Setting, trainer: Trainer, output: Output, start: int, device:
         if metrics is None:
             loop.run(interruption)
         else:
-            with Progress(start, setting.iterations, reports.log_interval) as progress:
+            with Progress(start, setting.iterations, reports.log_interval, setting.objective.metrics) as progress:
                 loop.metrics, loop.progress = metrics, progress
                 loop.run(interruption)
     on_rank_zero(lambda: _conclude(loop, output))

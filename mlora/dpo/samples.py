@@ -4,6 +4,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mlora.dpo.records import Preference
 from mlora.sft.samples import EncodedData, Sample, counted, encode_records
 
@@ -18,11 +20,11 @@ def encode_pairs(
 ) -> EncodedData:
     """Encodes every preference: chosen, rejected, chosen, rejected, ..., each cut to ``seq_length + 1`` tokens.
 
-    A pair is left out if one of its answers is not within. Logs one warning with counts and the first line numbers if samples were
-    cut or pairs left out.
+    A pair is left out if one of its answers is not within. Logs a warning with counts and the first line numbers if samples were
+    cut or pairs left out, and one if there are pairs whose answers are the same, which teach nothing.
 
     Raises:
-        ValueError: as :func:`mlora.sft.samples.encode`; ``seq_length`` below 1; no pair is left.
+        ValueError: as :func:`mlora.sft.samples.encode`; ``seq_length`` below 1; no pair is left, or none has two answers.
     """
     if seq_length < 1:
         raise ValueError(f"seq_length must be at least 1, got {seq_length}")
@@ -31,6 +33,7 @@ def encode_pairs(
     samples: list[Sample] = []
     truncated: list[int] = []
     dropped: list[int] = []
+    alike: list[int] = []
     for number, pair in enumerate(preferences):
         long = whole[2 * number : 2 * number + 2]
         cut = [sample.cut(seq_length + 1) for sample in long]
@@ -38,12 +41,26 @@ def encode_pairs(
             dropped.append(pair.chosen.line)
             continue
         samples += cut
+        if np.array_equal(cut[0].tokens, cut[1].tokens):
+            alike.append(pair.chosen.line)
         if any(len(short.tokens) < len(sample.tokens) for short, sample in zip(cut, long, strict=True)):
             truncated.append(pair.chosen.line)
     if not samples:
         raise ValueError(
             f"none of {len(preferences)} pairs has a token of both answers within seq_length {seq_length}; "
             "use a longer seq_length or shorter prompts"
+        )
+    if 2 * len(alike) == len(samples):
+        raise ValueError(
+            f'{preferences[0].chosen.path}: "chosen" and "rejected" are the same in every pair, within seq_length {seq_length}'
+        )
+    if alike:
+        logger.warning(
+            "%s: of %d pairs, %s teach nothing: their answers are the same within seq_length %d",
+            preferences[0].chosen.path,
+            len(preferences),
+            counted(alike),
+            seq_length,
         )
     if truncated or dropped:
         logger.warning(

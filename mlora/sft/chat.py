@@ -34,7 +34,7 @@ def encode_chats(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase"
     if not tokenizer.chat_template:
         raise ValueError(
             f"{records[0].where}: the tokenizer has no chat template, so messages cannot be encoded; take the tokenizer of "
-            'a chat model, set tokenizer.chat_template, or write the data as "prompt" and "completion"'
+            "a chat model, set tokenizer.chat_template, or write prompts and answers as strings"
         )
     if not tokenizer.is_fast:
         raise ValueError(

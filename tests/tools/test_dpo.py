@@ -1,6 +1,7 @@
 """The trainer with `--objective dpo`: the same numbers at every layout, resumed, and against a frozen adapter."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ def test_a_frozen_adapter_can_be_the_reference(folder: Path, straight: list[dict
     given = [word for word in argv(folder, "named") if word not in ("--lora-dropout", 0.1)]
     ranks = run(2, [*given, *words, "--tensor-model-parallel-size", 2, "--exit-interval", 3], folder / "log-named")
     assert [rank.code for rank in ranks] == [0, 0], ranks[0].text
+    assert re.search(r"iteration 1/6 \| loss 0\.6931 \| reward chosen \S+ \| reward rejected ", ranks[0].text)
+    assert "iteration 0/6 | reward chosen " in ranks[0].text
     found = metrics(folder / "named")
     assert found[0]["eval_loss"] == pytest.approx(0.6931, abs=1e-4)
     assert found[-1]["loss"] < 0.69

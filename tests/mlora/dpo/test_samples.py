@@ -44,7 +44,7 @@ def test_assistant_turns_of_the_prompt_are_no_targets(tmp_path: Path, form: Form
         assert tokenizer.decode(sample.tokens[sample.is_target]) == f"{answer}{end}"
     # The same conversation of which nothing is given has the earlier turn as a target too.
     whole = Record(kind="messages", messages=pairs[0].chosen.messages)
-    first = encode_pairs([Preference(whole, whole)], tokenizer, 200).samples[0]
+    first = encode_pairs([Preference(whole, pairs[0].rejected)], tokenizer, 200).samples[0]
     assert "fine" in tokenizer.decode(first.tokens[first.is_target])
 
 
@@ -65,3 +65,16 @@ def test_a_pair_without_one_of_its_answers_is_left_out(tmp_path: Path, caplog: p
         encode_pairs(pairs[1:2], tokenizer, 10)
     with pytest.raises(ValueError, match="seq_length must be at least 1"):
         encode_pairs(pairs, tokenizer, 0)
+
+
+def test_pairs_whose_answers_are_the_same_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pairs = preferences(
+        tmp_path / "p",
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+        {"prompt": "a", "chosen": "b" * 10 + "c", "rejected": "b" * 10 + "d"},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+    )
+    assert len(encode_pairs(pairs, byte_level(), 10).samples) == 6
+    assert "of 3 pairs, 2 (line 1, 2) teach nothing: their answers are the same within seq_length 10" in caplog.text
+    with pytest.raises(ValueError, match='"chosen" and "rejected" are the same in every pair, within seq_length 10'):
+        encode_pairs(pairs[:2], byte_level(), 10)
