@@ -7,8 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlora.attach import apply, parameter_counts
+    from mlora.attach import apply
     from mlora.config import LoraConfig
+    from mlora.counts import parameter_counts
     from mlora.dropout import MicroBatch, set_micro_batch
     from mlora.saved import load_adapter
     from mlora.streaming import iter_adapter_tensors, iter_merged_tensors
@@ -42,8 +43,9 @@ __all__ = [
 
 # Where the names above are.
 MODULES = {
-    "mlora.attach": ("apply", "parameter_counts"),
+    "mlora.attach": ("apply",),
     "mlora.config": ("LoraConfig",),
+    "mlora.counts": ("parameter_counts",),
     "mlora.dropout": ("MicroBatch", "set_micro_batch"),
     "mlora.saved": ("load_adapter",),
     "mlora.streaming": ("iter_adapter_tensors", "iter_merged_tensors"),
