@@ -78,5 +78,6 @@ def _in_pefts_words(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _near(key: str, known: set[str]) -> str:
-    nearest = ["r"] if key in _RANK_NAMES else difflib.get_close_matches(key, [*known, *_NEUTRAL, *_DESCRIPTIVE], n=1)
+    names = [*known, *_NEUTRAL, *_DESCRIPTIVE, _RANK_OF_VERL, _PATH_OF_VERL]
+    nearest = ["r"] if key in _RANK_NAMES else difflib.get_close_matches(key, names, n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; the fields are {', '.join(sorted(known))}"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import platform
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from mlora_tools.resumption import Resumption
 from mlora_tools.run_files import RunFiles
 from mlora_tools.text_file import write_text
+from parallel.errors import naming
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +49,12 @@ class Output(RunFiles):
             FileExistsError: a new run, and there is something in the directory; a run to resume, and what is there is none.
             FileNotFoundError: there is nothing to resume from, where that is demanded, or no ``config.json`` to it.
             NotADirectoryError: the path is a file's.
+            OSError: it cannot be written.
             DamagedError: there are checkpoints, and none of them is whole.
         """
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"--output {self.path} is a file")
+        self._check_writable()
         has_content = self.path.exists() and any(self.path.iterdir())
         if not resume:
             if has_content:
@@ -70,6 +74,15 @@ class Output(RunFiles):
         if checkpoint is None:
             logger.warning("nothing to resume in %s: the run starts at iteration 0", self.path)
         return checkpoint
+
+    def _check_writable(self) -> None:
+        """Make a file, and the directories that it needs, and take them away again: reading a model may take minutes."""
+        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        with naming(self.path), tempfile.TemporaryFile(dir=self.path):
+            pass
+        for path in missing:
+            path.rmdir()
 
     def read_config(self) -> dict[str, Any]:
         """``config.json``.
@@ -122,7 +135,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _change(name: str, before: Any, now: Any) -> str:
     if name in _DIGESTS:
         return f"{name} has other content" if before and now else f"{name} was{'' if before else ' not'} given"
-    return f"{name} was {json.dumps(before)}, is {json.dumps(now)}"
+    derived = " (without the option: --train-iters)" if name == "--lr-decay-iters" else ""
+    return f"{name} was {json.dumps(before)}, is {json.dumps(now)}{derived}"
 
 
 def versions() -> dict[str, str]:

@@ -39,6 +39,8 @@ def attached(rank: int, folder: Path) -> None:
     free = gpt.build(TP2)
     assert verl.attach(free, WORDS | {"lora_rank": 0}) == free
     assert mlora.adapter_names(free) == [] and all(p.requires_grad for chunk in free for p in chunk.parameters())
+    with pytest.raises(ValueError, match="verl's settings: unknown field 'lora_rnk'; did you mean 'lora_rank'"):
+        verl.attach(free, {"lora_rnk": 4})
     with pytest.raises(ValueError, match="verl's settings: unknown field 'lora_alpa'; did you mean 'lora_alpha'"):
         verl.attach(free, {"lora_rank": 4, "lora_alpa": 8})
 

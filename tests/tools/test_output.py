@@ -31,6 +31,10 @@ def test_a_new_run_needs_an_empty_place(tmp_path: Path) -> None:
         Output(tmp_path / "file").check(resume=False)
     with pytest.raises(FileExistsError, match="not empty, and what is in it is no run"):
         Output(tmp_path).check(resume=True)
+    with pytest.raises(OSError, match="/proc/a"):
+        Output(Path("/proc/a/run")).check(resume=False)
+    assert Output(tmp_path / "a" / "b").check(resume=True) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_where_nothing_is_saved_a_resumed_run_starts_and_says_so(
@@ -56,15 +60,19 @@ def test_a_checkpoint_that_is_not_whole_is_none(tmp_path: Path, caplog: pytest.L
 
 def test_changed_settings_are_named(tmp_path: Path) -> None:
     before = {"--lr": 1e-4, "--data": "a" * 64, "--eval-data": None, "LoRA's target_modules": ["q_proj"]}
+    before["--lr-decay-iters"] = 4
     output = with_checkpoint(tmp_path / "run", before)
     output.check_same({**before, "LoRA's target_modules": ("q_proj",)})
-    now = {"--lr": 2e-4, "--data": "b" * 64, "--eval-data": "c" * 64, "LoRA's target_modules": ("q_proj", "v_proj")}
+    now = before | {"--lr": 2e-4, "--data": "b" * 64, "--eval-data": "c" * 64}
+    now["LoRA's target_modules"] = ("q_proj", "v_proj")
     with pytest.raises(ValueError) as error:
         output.check_same({**now, "--new": 1})
     assert str(error.value).endswith(
         "--lr was 0.0001, is 0.0002; --data has other content; --eval-data was not given; "
         'LoRA\'s target_modules was ["q_proj"], is ["q_proj", "v_proj"]; --new was null, is 1'
     )
+    with pytest.raises(ValueError, match=r"--lr-decay-iters was 4, is 6 \(without the option: --train-iters\)"):
+        Output(tmp_path / "run").check_same({**before, "--lr-decay-iters": 6})
     with pytest.raises(ValueError, match="--data was given"):
         output.check_same({**before, "--data": None})
     with pytest.raises(ValueError, match=r"--lr was 0\.0001, is null"):
