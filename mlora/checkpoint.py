@@ -212,7 +212,10 @@ def load_checkpoint(
     if "random" in loaded:
         restore_random_states(loaded["random"])
     else:
-        logger.info("resuming at another layout than %s: random states start anew", info["parallel"])
+        logger.info(
+            "resuming at another layout than TP %(tensor)d x PP %(pipeline)d x DP %(data)d: random states start anew",
+            info["parallel"],
+        )
     return dict(loaded["state"])
 
 
