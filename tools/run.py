@@ -17,30 +17,26 @@ from megatron.core import parallel_state
 import mlora
 from mlora.config import LoraConfig
 from mlora.conversion import open_adapter
-from mlora.conversion.importing import base_projections
 from mlora.conversion.peft_writer import write_peft
 from mlora.conversion.profiles import DTYPES, peft_adapter
 from mlora.description import latest_checkpoint, read_info
 from mlora.model import build_model
-from mlora.objective import DataObjective
 from mlora.pretrained import Pretrained
 from mlora.sft.batches import BatchPlan, EvalPlan
 from mlora.sft.feed import Feed
-from mlora.spec import TransformerImpl, transformer_engine_obstacle
-from mlora.targets import select
 from mlora.te import ways
-from mlora.train import OptimizerSettings, Trainer
+from mlora.train import Trainer
 from mlora_tools.arguments import Arguments
-from mlora_tools.data import Dataset, load_data, open_tokenizer
+from mlora_tools.data import Dataset
 from mlora_tools.interruption import Interruption
 from mlora_tools.loop import EvalData, Loop, TrainData
 from mlora_tools.metrics import Metrics
-from mlora_tools.options import UsageError, flag
-from mlora_tools.output import Output, model_digest, versions
+from mlora_tools.options import UsageError
+from mlora_tools.output import Output, versions
 from mlora_tools.plot import plot_losses
 from mlora_tools.progress import Progress
-from mlora_tools.reference import Reference
 from mlora_tools.resumption import is_restart, warn_of_restarts
+from mlora_tools.setting import Setting
 from mlora_tools.start import Start
 from mlora_tools.weights_and_biases import open_wandb
 from parallel.launch import distributed
@@ -48,34 +44,6 @@ from parallel.sizes import ParallelSizes
 from parallel.together import from_rank_zero, on_rank_zero, only_rank_zero, together
 
 logger = logging.getLogger(__name__)
-
-_OPTIONS = {
-    "warmup_iters": "--lr-warmup-iters",
-    "decay_iters": "--lr-decay-iters",
-    "decay_style": "--lr-decay-style",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What a run consists of before there is a model.
-
-    Attributes:
-        settings: what decides the numbers, by the names of the options; a resumed run must have the same.
-    """
-
-    arguments: Arguments
-    base: Pretrained
-    sizes: ParallelSizes
-    adapter: Start
-    objective: DataObjective
-    reference: Reference | None
-    optimizer: OptimizerSettings
-    train: Dataset
-    heldout: Dataset | None
-    iterations: int
-    settings: dict[str, Any]
-    transformer_impl: TransformerImpl
 
 
 def finetune(arguments: Arguments) -> None:
@@ -118,7 +86,7 @@ def _finetune(
     resume = arguments.inputs.resume or is_restart()
     warn_of_restarts(arguments.reports.save_interval)
     checkpoint = from_rank_zero(lambda: output.check(resume, arguments.inputs.exit_on_missing_checkpoint))
-    setting = together(lambda: _setting(arguments, base, sizes, adapter))
+    setting = together(lambda: Setting.read(arguments, base, sizes, adapter))
     on_rank_zero(lambda: output.check_same(setting.settings))
     if checkpoint is not None:
         reached = int(from_rank_zero(lambda: read_info(checkpoint))["iteration"])
@@ -131,63 +99,6 @@ def _finetune(
     on_rank_zero(lambda: output.write_config(_config(setting, output, start, parameters, device)))
     together(output.check_visible)
     _run(setting, trainer, output, start, device)
-
-
-def _setting(arguments: Arguments, base: Pretrained, sizes: ParallelSizes, adapter: Start) -> Setting:
-    """Reads the data; looks at the weights' files without reading them."""
-    inputs, batches = arguments.inputs, arguments.batches
-    with base.weights():
-        pass
-    tokenizer = open_tokenizer(inputs.model)
-    options: dict[str, Any] = {
-        "seq_length": batches.seq_length,
-        "packing": batches.packing,
-        "vocab_size": base.architecture.vocab_size,
-    }
-    objective, reference = arguments.objective.make(), arguments.objective.reference_adapter
-    train = load_data(inputs.data, tokenizer, objective, **options)
-    heldout = load_data(inputs.eval_data, tokenizer, objective, **options) if inputs.eval_data else None
-    longest = base.architecture.max_position_embeddings
-    if batches.seq_length > longest:
-        logger.warning(
-            "--seq-length %d is more than the %d that the base model was made for", batches.seq_length, longest
-        )
-    select(base_projections(base), adapter.config)  # A misspelt target is seen before the base is read.
-    frozen = Reference.open(reference, base) if reference else None
-    iterations = batches.iterations(train.items)
-    optimizer = OptimizerSettings(**arguments.schedule.optimizer(iterations))
-    settings = {
-        "--model": model_digest(inputs.model),
-        "--data": train.digest,
-        "--eval-data": heldout.digest if heldout else None,
-        "--eval-iters": arguments.reports.eval_iters,
-        **{
-            flag(name): getattr(batches, name)
-            for name in ("global_batch_size", "seq_length", "packing", "seed", "bf16")
-        },
-        **{flag(name): getattr(arguments.implementation, name) for name in ("fp8_format", "fp8_recipe")},
-        **{_OPTIONS.get(name, flag(name)): value for name, value in dataclasses.asdict(optimizer).items()},
-        **{f"LoRA's {name}": value for name, value in adapter.config.to_dict().items()},
-        **arguments.objective.settings(),
-        **({"--reference-adapter": frozen.digest()} if frozen else {}),
-    }
-    transformer_impl = arguments.implementation.transformer_impl
-    if transformer_impl != "local" and (why := transformer_engine_obstacle(base.architecture)):
-        raise UsageError(f"--transformer-impl {transformer_impl}: {why}")
-    return Setting(
-        arguments,
-        base,
-        sizes,
-        adapter,
-        objective,
-        frozen,
-        optimizer,
-        train,
-        heldout,
-        iterations,
-        settings,
-        transformer_impl,
-    )
 
 
 def _trainer(setting: Setting, is_new: bool) -> Trainer:
