@@ -8,6 +8,10 @@ import shutil
 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Several ranks run at a time: one thread each, unless somebody says otherwise. Threads that spin for each other's cores cost
+# ten times the work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Ranks that wake each other on another core cost a third more of the processors' time than ranks that take turns on one. So
 # where pytest's processes fill the machine, each keeps to a core of its own with all that it starts.
 cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
