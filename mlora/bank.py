@@ -43,7 +43,7 @@ class AdapterBank(Bank):
         weight_before_merge: the base weight without it, on the host.
         scale_of_merge: DoRA's factor of each row in that merge.
         packed: the fused way's buffers (:mod:`mlora.packed`); None on the other ways.
-        captured: buffers that are in use no more, except by CUDA graphs, which know addresses only.
+        captured: the fused way's buffers that no forward uses any more, but CUDA graphs do, which know addresses only.
     """
 
     adapters: torch.nn.ModuleDict

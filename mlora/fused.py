@@ -66,7 +66,7 @@ class FusedLinear(torch.autograd.Function):
             y += bias
         ctx.save_for_backward(flat, rstd, low)
         ctx.norm, ctx.packed, ctx.geometry, ctx.mask, ctx.shape = norm, packed, geometry, mask, x.shape
-        ctx.active = bool(parameters)
+        ctx.active, ctx.version = bool(parameters), packed.version
         return y.view(-1, x.shape[1], y.shape[1])
 
     @staticmethod
@@ -75,6 +75,7 @@ class FusedLinear(torch.autograd.Function):
         x, rstd, low = ctx.saved_tensors
         packed: Packed = ctx.packed
         geometry: Geometry = ctx.geometry
+        packed.check(ctx.version)
         if ctx.active:
             packed.refill()
         else:
@@ -117,6 +118,7 @@ class FusedMlp(torch.autograd.Function):
         ctx.save_for_backward(flat, rstd, low1, between, low2)
         ctx.norm, ctx.packed, ctx.geometries, ctx.geometry = norm, packed, geometries, one
         ctx.mask, ctx.mask2, ctx.shape = mask1, mask2, x.shape
+        ctx.versions = first.version, second.version
         return y.view(-1, x.shape[1], y.shape[1])
 
     @staticmethod
@@ -124,8 +126,9 @@ class FusedMlp(torch.autograd.Function):
         """dy in y's layout -> the gradients of x and of the parameters."""
         x, rstd, low1, between, low2 = ctx.saved_tensors
         (first, second), (one, two) = ctx.packed, ctx.geometries
-        first.refill()
-        second.refill()
+        for packed, version in zip(ctx.packed, ctx.versions, strict=True):
+            packed.check(version)
+            packed.refill()
         dy = _before_backward(dy.flatten(0, 1), two)
         g, d, missing_A = _between(dy, second, ctx.mask2)
         dB2 = token_product(_low_for_dB(low2, two), dy, second.ranks)

@@ -16,11 +16,13 @@ _ALIGNMENT = 64  # elements: a GEMM's K that is no multiple of this costs more t
 
 
 class Buffer:
-    """P of one linear, shared by its adapters.
+    """P of one linear, shared by its adapters: as wide as the widest of those that have run needs it.
 
     Attributes:
         whole: P [out + p, in + p].
-        filled_by: the adapter whose A and B are in it.
+        tail: p.
+        filled_by: the adapter whose A and B are in it; None if both are zero.
+        packed: what each adapter has made of it.
     """
 
     def __init__(self, weight: torch.nn.Parameter, tail: int) -> None:
@@ -28,15 +30,22 @@ class Buffer:
         self.whole = weight.detach().new_zeros(rows + tail, features + tail)
         self.whole[:rows, :features] = weight.detach()
         weight.data = self.whole[:rows, :features]
+        self.tail = tail
         self.filled_by: LinearAdapter | None = None
+        self.packed: dict[LinearAdapter, Packed] = {}
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph reads and writes it."""
+        return any(packed.captured for packed in self.packed.values())
 
 
 class Packed:
-    """The buffers of one linear and one adapter.
+    """The buffer of one linear as one adapter uses it: no more of its columns and rows than the adapter's own p.
 
     Attributes:
         adapter: None once it is deleted.
-        captured: a CUDA graph was captured that reads and writes them.
+        captured: a CUDA graph was captured that reads and writes it.
         buffer: with P.
         weight: [W | B] [out, in + p].
         upright: [W; A] [out + p, in].
@@ -44,22 +53,42 @@ class Packed:
         ranks, tail: R and p.
     """
 
-    def __init__(self, weight: torch.nn.Parameter, adapter: LinearAdapter, previous: "Packed | None" = None) -> None:
+    def __init__(self, weight: torch.nn.Parameter, adapter: LinearAdapter, buffer: Buffer | None) -> None:
         self.adapter: LinearAdapter | None = adapter
         self.dtype, self.captured = adapter.dtype, False
         self._starts = _starts(adapter)
         self.ranks = max(start + adapter.ranks[part] for part, start in self._starts.items())
         self.tail = -(-self.ranks // _ALIGNMENT) * _ALIGNMENT
         rows, features = weight.shape
-        if previous is not None and previous.tail == self.tail and previous.is_of(weight):
-            self.buffer: Buffer = previous.buffer
-        else:
-            self.buffer = Buffer(weight, self.tail)
-        self.weight = self.buffer.whole[:rows]
-        self.upright = self.buffer.whole[:, :features]
+        self.buffer = buffer if buffer is not None and buffer.tail >= self.tail else Buffer(weight, self.tail)
+        self.buffer.packed[adapter] = self
+        self._base = weight
+        self.weight = self.buffer.whole[:rows, : features + self.tail]
+        self.upright = self.buffer.whole[: rows + self.tail, :features]
         self.padded_A = self.upright[rows:]
         self.lora_A = self.padded_A[: self.ranks]
         self._make_tables(rows, adapter)
+
+    @classmethod
+    def of(cls, weight: torch.nn.Parameter, adapter: LinearAdapter, previous: "Packed | None") -> "Packed":
+        """What ``adapter`` has made of the buffer that ``previous`` uses, or makes now, of a new buffer if it must be wider."""
+        buffer = previous.buffer if previous is not None else None
+        found = buffer.packed.get(adapter) if buffer is not None else None
+        return found if found is not None else cls(weight, adapter, buffer)
+
+    @property
+    def version(self) -> int:
+        """Changes when the base weight does."""
+        return self._base._version
+
+    def check(self, version: int) -> None:
+        """Before backward.
+
+        Raises:
+            RuntimeError: the base weight was changed since forward, by a merge, say.
+        """
+        if self.version != version:
+            raise RuntimeError("a base weight was changed between forward and backward: the gradients would be wrong")
 
     def is_of(self, weight: torch.nn.Parameter) -> bool:
         """Whether ``weight`` is a view of P: a model that was moved or cast has another one."""
@@ -83,28 +112,27 @@ class Packed:
         """Forget an adapter that is deleted; the buffer stays for the next one."""
         if self.buffer.filled_by is adapter:
             self.clear()
-        if self.adapter is adapter:
-            self.adapter = None
+        if (packed := self.buffer.packed.pop(adapter, None)) is not None:
+            packed.adapter = None
 
     @torch.no_grad()
     def clear(self) -> None:
-        """While the adapter is off: nothing of it is left, which nothing may multiply if it is not finite."""
+        """While the adapter is off: nothing of any is left, which nothing may multiply if it is not finite."""
         if self.buffer.filled_by is not None:
-            self.buffer.whole[:, self.upright.shape[1] :].zero_()
-            self.padded_A.zero_()
+            rows, features = self._base.shape
+            self.buffer.whole[:, features:].zero_()
+            self.buffer.whole[rows:].zero_()
             self.buffer.filled_by = None
 
     @torch.no_grad()
     def fill(self) -> None:
         """Copy A and B in: at every forward, because a distributed optimizer changes parameters behind autograd's back, and a
         replayed CUDA graph must see what it made of them."""
-        if self.buffer.filled_by is not self.adapter:
-            self.clear()
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             self.captured = True
         A = [parameter.detach() for parameter in self._adapter.lora_A.values()]
         B = [parameter.detach() for parameter in self._adapter.lora_B.values()]
-        pack(A, B, self._scaling, self._tables, self.lora_A, self.weight[:, self.lora_A.shape[1] :][:, : self.ranks])
+        pack(A, B, self._scaling, self._tables, self.padded_A, self.weight[:, self._base.shape[1] :])
         self.buffer.filled_by = self._adapter
 
     def refill(self) -> None:

@@ -111,19 +111,30 @@ class TeLora:
                 kept.clear()
             return kept
         if kept is None or kept.adapter is not adapter:
-            if kept is not None and kept.captured:
-                self.lora.captured.append(kept)
-            if obstacle(self, adapter) is not None:
-                if kept is not None:  # Made for another adapter; Transformer Engine must not see its view.
-                    self.weight.data = self.weight.data.contiguous()
-                    self.lora.packed = None
+            made = self._packed_for(adapter, kept)
+            if kept is not None and kept.buffer.captured and (made is None or made.buffer is not kept.buffer):
+                self.lora.captured.append(kept.buffer)
+            kept = self.lora.packed = made
+            if kept is None:
                 return None
-            from mlora.packed import Packed
-
-            with torch.inference_mode(False):  # What is made in it could not be used to train.
-                kept = self.lora.packed = Packed(self.weight, adapter, kept)
         kept.fill()
         return kept
+
+    def _packed_for(self, adapter: LinearAdapter, kept: Any) -> Any:
+        if obstacle(self, adapter) is not None:
+            if kept is not None:  # Made for another adapter; Transformer Engine must not see its view.
+                self.weight.data = self.weight.data.contiguous()
+            return None
+        from mlora.packed import Packed
+
+        with torch.inference_mode(False):  # What is made in it could not be used to train.
+            return Packed.of(self.weight, adapter, kept)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """torch's; the base's weight as a tensor of its own, because some that read it take no view into a buffer."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if not keep_vars and self.lora.packed is not None:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].contiguous()
 
     def _check_frozen(self) -> None:
         base = (getattr(self, name, None) for name in ("weight", "bias", "layer_norm_weight", "layer_norm_bias"))

@@ -13,11 +13,13 @@ import triton.language as tl
 
 _BLOCK = 1024  # elements of A of a program
 _BLOCK_N, _BLOCK_R = 64, 16  # rows and ranks of B
-_SUM_BLOCK, _TOGETHER = 256, 4  # elements of A of a program that sums, and the partial sums that it loads at once
+_SUM_BLOCK, _TOGETHER = 256, 4  # elements of A of a program that sums, and the loads that it has under way
 
 
 @triton.jit
-def _pack_A(program, a0, a1, a2, scaling, out, out_stride, second, third, elements, features, block: tl.constexpr):
+def _pack_A(
+    program, a0, a1, a2, scaling, out, out_stride, second, third, used, elements, features, block: tl.constexpr
+):
     at = program * block + tl.arange(0, block)
     valid = at < elements
     rank, column = at // features, at % features
@@ -25,8 +27,8 @@ def _pack_A(program, a0, a1, a2, scaling, out, out_stride, second, third, elemen
     value += tl.load(
         a1 + (rank - second) * features + column, mask=valid & (rank >= second) & (rank < third), other=0.0
     )
-    value += tl.load(a2 + (rank - third) * features + column, mask=valid & (rank >= third), other=0.0)
-    scaled = value.to(tl.float32) * tl.load(scaling + rank, mask=valid, other=0.0)
+    value += tl.load(a2 + (rank - third) * features + column, mask=valid & (rank >= third) & (rank < used), other=0.0)
+    scaled = value.to(tl.float32) * tl.load(scaling + rank, mask=valid & (rank < used), other=0.0)
     tl.store(out + rank.to(tl.int64) * out_stride + column, scaled.to(out.dtype.element_ty), mask=valid)
 
 
@@ -73,6 +75,7 @@ def _pack(
     A_stride,
     second,
     third,
+    used,
     elements,
     features,
     b0,
@@ -92,7 +95,7 @@ def _pack(
 ):
     program, programs_A = tl.program_id(0), tl.cdiv(elements, block)
     if program < programs_A:
-        _pack_A(program, a0, a1, a2, scaling, A, A_stride, second, third, elements, features, block)
+        _pack_A(program, a0, a1, a2, scaling, A, A_stride, second, third, used, elements, features, block)
     else:
         program -= programs_A
         _pack_B(program, b0, b1, b2, part, index, start, count, B, B_stride, rows, ranks, block_n, block_r)
@@ -106,20 +109,24 @@ def pack(
     A: torch.Tensor,
     B: torch.Tensor,
 ) -> None:
-    """Fill A [R, N] with the projections' A [r, N] one below the other, times scaling [R]; and B [rows, R] from the projections' B
-    [rows of p, r], with zeros elsewhere. Both are slices of a wider buffer. Without ``parts_B``, B stays as it is."""
-    ends = [part.shape[0] for part in parts_A]
-    at_third = ends[0] + (ends[1] if len(ends) > 1 else A.shape[0])
+    """Fill A [p, N] with the projections' A [r, N] one below the other, times scaling [R]; and B [rows, p] from the projections' B
+    [rows of theirs, r]; with zeros elsewhere. Both are slices of a wider buffer."""
+    ends, used = [part.shape[0] for part in parts_A], scaling.shape[0]
+    second = ends[0] if len(ends) > 1 else used
+    third = second + ends[1] if len(ends) > 2 else used
     programs = triton.cdiv(A.numel(), _BLOCK)
     if parts_B:
         programs += triton.cdiv(B.shape[0], _BLOCK_N) * triton.cdiv(B.shape[1], _BLOCK_R)
+    else:
+        B.zero_()
     _pack[(programs,)](
         *_three(parts_A),
         scaling,
         A,
         A.stride(0),
-        ends[0],
-        at_third,
+        second,
+        third,
+        used,
         A.numel(),
         A.shape[1],
         *_three(parts_B or parts_A),
@@ -165,9 +172,9 @@ def _sum_A(program, partial, scaling, out, splits, elements, features, block: tl
     valid = at < elements
     total = tl.zeros((block,), tl.float32)
     for first in range(0, splits, together):
-        split = first + tl.arange(0, together)[:, None]
-        some = tl.load(partial + split * elements + at[None, :], mask=(split < splits) & valid[None, :], other=0.0)
-        total += tl.sum(some.to(tl.float32), 0)
+        for split in tl.static_range(together):
+            at_split = partial + (first + split) * elements + at
+            total += tl.load(at_split, mask=valid & (first + split < splits), other=0.0).to(tl.float32)
     total *= tl.load(scaling + at // features, mask=valid, other=0.0)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=valid)
 
@@ -196,10 +203,9 @@ def _sum_B(
     valid = inside[None, :] & (own >= 0) & (own < tl.load(count + row, mask=inside, other=0)[None, :])
     total = tl.zeros((block_r, block_n), tl.float32)
     for first in range(0, splits, together):
-        split = first + tl.arange(0, together)[:, None, None]
-        at = (split * ranks + rank[None, :, None]) * rows + row[None, None, :]
-        some = tl.load(partial + at, mask=(split < splits) & valid[None, :, :], other=0.0)
-        total += tl.sum(some.to(tl.float32), 0)
+        for split in tl.static_range(together):
+            at = ((first + split) * ranks + rank[:, None]) * rows + row[None, :]
+            total += tl.load(partial + at, mask=valid & (first + split < splits), other=0.0).to(tl.float32)
     place = tl.load(offset + row, mask=inside, other=0)[None, :] + own
     tl.store(out + place, total.to(out.dtype.element_ty), mask=valid)
 

@@ -18,6 +18,10 @@ from mlora.kernels.mask import Mask, dropped
 from mlora.kernels.products import dense_token_product
 from mlora.kernels.tile import MANY_RANKS, Tile
 
+# As measured best on an H200, at 8192 and at 1024 tokens.
+_TILE = Tile(32, 64, 4, 3)
+_PROGRAMS = 1792  # about
+
 
 @triton.jit
 def _swiglu_backward(
@@ -105,13 +109,6 @@ def _swiglu_backward(
         tl.store(dB + at + features, total_up, mask=b_valid)
 
 
-def _tile(block_s: int, dense: bool) -> tuple[Tile, int]:
-    """(tile, about how many programs), as measured best on an H200."""
-    if dense:
-        return Tile(32, 64, 4, 2), 3584
-    return (Tile(32, 64, 8, 3), 1792) if block_s <= 64 else (Tile(32, 128, 8, 3), 896)
-
-
 def swiglu_backward(
     g: torch.Tensor,
     d: torch.Tensor,
@@ -136,7 +133,7 @@ def swiglu_backward(
     block_r = max(16, triton.next_power_of_2(ranks))
     block_s = max(16, triton.next_power_of_2(low_ranks))
     dense = mask is None and ranks > MANY_RANKS
-    tile, programs = _tile(block_s, dense)
+    tile, programs = (_TILE, _PROGRAMS) if not dense else (Tile(32, 64, 4, 2), 2 * _PROGRAMS)
     columns = triton.cdiv(features, tile.features)
     splits, per_split = tile.splits(tokens, columns, programs)
     sums = splits if not dense else 0

@@ -42,7 +42,7 @@ def float32_copy(module: Any) -> tuple[torch.nn.Parameter, LinearAdapter, Packed
         parameter.data, parameter.grad = parameter.data.float(), None
     adapter.dtype = torch.float32
     weight = torch.nn.Parameter(module.weight.detach().float(), requires_grad=False)
-    packed = Packed(weight, adapter)
+    packed = Packed(weight, adapter, None)
     packed.fill()
     assert packed.is_of(weight)
     torch.testing.assert_close(weight.double(), module.weight.double(), atol=1e-6, rtol=1e-6)
@@ -134,3 +134,59 @@ def test_outputs_and_gradients_equal_the_plain_way(sizes: ParallelSizes) -> None
     for rank, found in enumerate(run_ranks(sizes.tensor, all_errors, sizes, sizes=sizes)):
         worst = max(found, key=lambda name: found[name])
         assert found[worst] < TOLERANCE, (rank, worst, found[worst])
+
+
+def outputs_of_two_adapters(rank: int) -> dict[str, Any]:
+    """One base and two adapters whose tails differ, in turns; and what must be refused."""
+    set_micro_batch(STEP)
+    (_, module, layout), (_, other, _) = (
+        build(Case(QKV, rank=3), ParallelSizes()),
+        build(Case(QKV, rank=30), ParallelSizes()),
+    )
+    weight, narrow, packed = float32_copy(module)
+    broad = float32_copy(other)[1]
+    x = local_input(Case(QKV), ParallelSizes(), layout, rank).detach().float()
+
+    def run(held: Packed, on: bool = True) -> torch.Tensor:
+        held.fill() if on else held.clear()
+        parameters = held.parameters() if on else ()
+        y: torch.Tensor = FusedLinear.apply(
+            x.clone().requires_grad_(), None, None, held, Geometry.of(layout, None), *parameters
+        )
+        return y
+
+    alone = run(packed).detach()
+    wider = Packed.of(weight, broad, packed)
+    place, wide_alone = weight.data_ptr(), run(wider).detach()
+    again = Packed.of(weight, narrow, wider)
+    found = {
+        "buffer grows": wider.buffer is not packed.buffer and wider.tail > packed.tail,
+        "and is shared": again.buffer is wider.buffer and weight.data_ptr() == place,
+        "tables are kept": Packed.of(weight, broad, again) is wider,
+        "narrow": torch.equal(run(again), alone),
+        "broad": torch.equal(run(wider), wide_alone),
+    }
+    with torch.no_grad():
+        next(iter(broad.lora_B.values())).fill_(torch.nan)
+        next(iter(broad.lora_A.values())).fill_(torch.nan)
+    found["broad is broken"] = bool(run(wider).isnan().any())
+    found["narrow after it"] = torch.equal(run(again), alone)
+    run(wider)
+    off = run(again, on=False)
+    found["off after it"] = not off.isnan().any()
+    late = run(again)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="a base weight was changed between forward and backward"):
+        late.sum().backward()
+    late = run(again)
+    again.release(narrow)
+    run(wider)
+    with pytest.raises(RuntimeError, match="an adapter was deleted between forward and backward"):
+        late.sum().backward()
+    return found
+
+
+def test_adapters_share_a_buffer_that_only_grows() -> None:
+    (found,) = run_ranks(1, outputs_of_two_adapters)
+    assert all(found.values()), found
