@@ -39,7 +39,10 @@ def open_native(path: Path, report: Report) -> AdapterState:
     """
     checkpoint = path if is_checkpoint(path) else latest_checkpoint(path)
     if checkpoint != path:
-        logger.info("%s holds %d checkpoints; reading the newest, %s", path, len(checkpoints(path)), checkpoint.name)
+        count = len(checkpoints(path))
+        logger.info(
+            "%s holds %d checkpoint%s; reading the newest, %s", path, count, "s" if count > 1 else "", checkpoint.name
+        )
     info, reader = read_info(checkpoint), Reader(checkpoint)
     tensors = {
         key.removeprefix(PREFIX): _lazy(checkpoint, reader, key, *place)
