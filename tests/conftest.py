@@ -4,6 +4,8 @@ import gc
 import os
 import shutil
 
+import pytest
+
 # Without a GPU the kernels run in Triton's interpreter, which has to be asked for before anything imports Triton.
 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -21,6 +23,14 @@ if worker and 0 < len(cores) <= int(os.environ["PYTEST_XDIST_WORKER_COUNT"]):
 
 # What the modules make when they are imported stays: to look through it for garbage is a fifth of the time that it takes.
 gc.disable()
+
+# Files that take minutes go first, so that no process is left with one at the end. (Named before `tests` on the command line,
+# they would be a part of it and keep their places.)
+LONG = ("test_readme.py", "test_torchrun.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def pytest_collection_finish() -> None:
