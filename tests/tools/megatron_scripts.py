@@ -21,7 +21,8 @@ from tests.ranks import end_writers, run_ranks
 
 # A small gated GPT on invented data; float32, on Megatron's local layers.
 MODEL = """
-    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --swiglu --disable-bias-linear --seq-length 32 --max-position-embeddings 32 --vocab-size 127
+    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --swiglu --disable-bias-linear
+    --seq-length 32 --max-position-embeddings 32 --vocab-size 127
     --make-vocab-size-divisible-by 32 --tokenizer-type NullTokenizer --mock-data --split 90,5,5 --transformer-impl local
     --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-persist-layer-norm
     --no-gradient-accumulation-fusion --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.2
