@@ -78,7 +78,10 @@ def test_a_run_whose_rank_is_killed_is_started_anew_and_goes_on_by_itself(given:
     with torchrun(log, *words, "backward,load", *argv, "--output", tmp_path / "run") as launcher:
         assert launcher.wait(LIMIT_S) == 0, log.read_text()
     text = log.read_text()
-    assert text.count("Signal 9 (SIGKILL) received by PID") == 2 or text.count("exitcode: -9") == 2, text
+    # Of two ranks that end at once, torchrun names the one that it sees first.
+    for phase in ("backward", "load"):
+        assert text.count(f"rank 1 ends itself in {phase}\n") == 1, text
+    assert text.count("failed (exitcode: ") == 2, text
     assert text.count(f"resumed from {tmp_path / 'run' / 'checkpoints' / 'iter_0000002'}") == 1
     assert "finished at iteration 6" in text
     ends = run(2, [*argv, "--output", tmp_path / "straight"], tmp_path / "straight-log")
