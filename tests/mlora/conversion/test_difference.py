@@ -118,7 +118,8 @@ def test_shapes_dora_and_whole_parameters(plain: Path, tmp_path: Path) -> None:
 
 
 def test_an_embedding_and_the_linear_that_is_its_transpose(tmp_path: Path) -> None:
-    A, B = torch.randn(2, 5), torch.randn(6, 2)
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(2, 5, generator=generator), torch.randn(6, 2, generator=generator)
     linear = write_adapter(
         tmp_path / "linear", {f"{PREFIX}x.lora_A.weight": A, f"{PREFIX}x.lora_B.weight": B}, target_modules=["x"]
     )
