@@ -189,4 +189,5 @@ def test_an_error_on_one_rank_comes_out_at_once() -> None:
     port = free_port()
     cause, other = in_processes(fails_alone, *(torchrun(rank, 2, port) for rank in range(2)))
     assert cause[0] == "KeyError: 'the cause'" and cause[1] < 10
-    assert other[0].startswith("RuntimeError") and other[1] < 20  # Its peer is gone.
+    # Its peer is gone, perhaps before all groups were formed.
+    assert other[0].startswith(("RuntimeError", "DistNetworkError")) and other[1] < 20
