@@ -82,7 +82,7 @@ class FusedLinear(torch.autograd.Function):
             packed.clear()
         dy = _before_backward(dy.flatten(0, 1), geometry)
         g = dy @ packed.weight
-        if not ctx.active:
+        if not ctx.active:  # Also in a replayed graph, behind which another adapter may have filled the buffer.
             g[:, -packed.tail :].zero_()
         dx, dA = _input_and_A(_sum_over_ranks(g, geometry), x, rstd, low, packed.lora_A, ctx)
         if not ctx.active:

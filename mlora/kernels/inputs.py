@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from mlora.kernels.mask import Mask, dropped
-from mlora.kernels.products import dense_token_product
-from mlora.kernels.tile import MANY_RANKS, Tile
+from mlora.kernels.products import dense_token_product, is_dense
+from mlora.kernels.tile import Tile
 
 
 @triton.jit
@@ -197,7 +197,7 @@ def norm_products(
         correlation: dv · v where it is known already; then g is not read.
     """
     tokens, features = x.shape
-    dense = mask is None and ranks > MANY_RANKS
+    dense = is_dense(ranks, mask)
     block_r = max(16, triton.next_power_of_2(ranks))
     tile = Tile(128, 64, 4, 3) if block_r <= 64 else Tile(64, 128, 8, 2) if block_r <= 256 else Tile(64, 64, 8, 2)
     columns = triton.cdiv(features, tile.features)
@@ -251,7 +251,7 @@ def norm_gradient(
     """
     tokens, features = x.shape
     ranks = lora_A.shape[0]
-    complete = mask is None and ranks > MANY_RANKS
+    complete = is_dense(ranks, mask)
     if complete:
         g[:, :features].addmm_(g[:, features : features + ranks], lora_A)
     out = g.new_empty(tokens, features)

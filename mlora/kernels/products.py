@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 
 from mlora.kernels.mask import Mask, dropped
-from mlora.kernels.tile import MANY_RANKS, Tile
+from mlora.kernels.tile import Tile
 
+# With more, a kernel's sums no longer fit its registers, and cuBLAS is faster although it needs what a kernel had at hand.
+_MANY_RANKS = 64
 _PROGRAMS = 264  # about; two for each of an H200's multiprocessors
 
 
@@ -71,7 +73,7 @@ def token_product(
         wide: [T, N], columns contiguous.
         mask: of dropout on wide.
     """
-    if mask is None and ranks > MANY_RANKS:
+    if is_dense(ranks, mask):
         return dense_token_product(low[:, :ranks], wide)
     tokens, features = wide.shape
     block_r = max(16, triton.next_power_of_2(ranks))
@@ -98,6 +100,11 @@ def token_product(
         num_stages=tile.stages,
     )
     return partial
+
+
+def is_dense(ranks: int, mask: Mask | None) -> bool:
+    """Whether cuBLAS makes the products with so many ranks."""
+    return mask is None and ranks > _MANY_RANKS
 
 
 def dense_token_product(low: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from mlora.kernels.mask import Mask, dropped
-from mlora.kernels.products import dense_token_product
-from mlora.kernels.tile import MANY_RANKS, Tile
+from mlora.kernels.products import dense_token_product, is_dense
+from mlora.kernels.tile import Tile
 
 # As measured best on an H200, at 8192 and at 1024 tokens.
 _TILE = Tile(32, 64, 4, 3)
@@ -132,7 +132,7 @@ def swiglu_backward(
     out = torch.empty_like(y)
     block_r = max(16, triton.next_power_of_2(ranks))
     block_s = max(16, triton.next_power_of_2(low_ranks))
-    dense = mask is None and ranks > MANY_RANKS
+    dense = is_dense(ranks, mask)
     tile, programs = (_TILE, _PROGRAMS) if not dense else (Tile(32, 64, 4, 2), 2 * _PROGRAMS)
     columns = triton.cdiv(features, tile.features)
     splits, per_split = tile.splits(tokens, columns, programs)

@@ -2,9 +2,6 @@
 
 from typing import NamedTuple
 
-# With more, a kernel's sums no longer fit its registers, and cuBLAS is faster although it needs what a kernel had at hand.
-MANY_RANKS = 64
-
 
 class Tile(NamedTuple):
     """The piece of one program, and how it runs.
