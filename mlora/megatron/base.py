@@ -30,6 +30,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from mlora.checkpoint import PREFIX
 from mlora.damage import newest_first
 from mlora.description import ITERATION
+from mlora.options import flag
 from parallel.errors import DamagedError
 from parallel.reader import DIRECTORY, FORMAT_FILE, Reader
 from parallel.together import together
@@ -197,7 +198,7 @@ def _newest(args: Namespace, option: str) -> Path | None:
         newest = str(args.ckpt_step)
     name = f"iter_{int(newest):07d}" if newest.isdecimal() else newest
     if not (Path(folder) / name).is_dir():
-        raise FileNotFoundError(f"--{option.replace('_', '-')} {folder} has no {name}")
+        raise FileNotFoundError(f"{flag(option)} {folder} has no {name}")
     return Path(folder) / name
 
 

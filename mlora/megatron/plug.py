@@ -16,6 +16,7 @@ from mlora.families import Family
 from mlora.megatron.arguments import lora_config_from_args
 from mlora.megatron.base import load_base
 from mlora.megatron.chunk import check_description, save_adapter_only
+from mlora.options import flag
 from parallel.together import together
 
 _UNSUPPORTED = {
@@ -98,7 +99,7 @@ def _check_supported(args: Namespace) -> None:
         )
     for option, why in _UNSUPPORTED.items():
         if getattr(args, option, None):
-            raise ValueError(f"--{option.replace('_', '-')} cannot be combined with LoRA: {why}")
+            raise ValueError(f"{flag(option)} cannot be combined with LoRA: {why}")
 
 
 class _Count:
