@@ -10,35 +10,22 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-import mlora
 from mlora import LoraConfig
-from mlora.logits import whole_logits
-from mlora.pretrained import Pretrained
-from mlora.sft.batches import EvalPlan
-from mlora.sft.feed import Feed
 from mlora.te import ways
-from mlora.train import Trainer
 from parallel.launch import distributed
 from parallel.sizes import ParallelSizes
-from tests.gpt import pieces
-from tests.gpu.test_training import BF16, FULL, TE, Off, much_worse, worst
+from tests.gpu.test_training import BF16, FULL, ONE, TE, Off, much_worse, worst
 from tests.mlora.conversion.adapters import write_peft as write_with_peft
-from tests.mlora.dpo.test_objective import PAIRS, batch_of, formula, plan, rows
+from tests.mlora.dpo.test_objective import PAIRS, batch_of, formula, plan, train_run
 from tests.mlora.dpo.test_objective import Run as Dpo
 from tests.peft_oracle import train_with_peft
-from tests.tiny import VOCAB, tokens, write_model
+from tests.tiny import write_model
 from tests.training import (
-    LENGTH,
-    ROWS,
     Case,
     Run,
-    Share,
     adapt,
     failures,
     join,
-    main_gradients,
-    optimizer_elements,
-    peft_names,
 )
 
 LORA: dict[str, Any] = {"r": 5, "lora_alpha": 10, "init_lora_weights": False}
@@ -67,32 +54,11 @@ class Trained:
 
 def train_pairs(folder: Path, dpo: Dpo) -> Trained:
     """The run of ``dpo``."""
-    case, one = dpo.case, ParallelSizes()
-    chunks = adapt(folder / case.kind, case, one)
-    if dpo.named:
-        mlora.load_adapter(chunks, folder / "reference", "reference", base=Pretrained.open(folder / case.kind))
-    trainer = Trainer(chunks, case.optimizer, dpo.objective())
-    device = torch.device(torch.cuda.current_device())
-    feed = Feed(rows(), micro_batch_size=4, dp_rank=0, dp_size=1, device=device, packed=False, rows_of_item=2)
-    ids = tokens(length=LENGTH)
-    initial, before, gradients = pieces(chunks), whole_logits(chunks, ids, VOCAB).cpu(), {}
+    chunks = adapt(folder / dpo.case.kind, dpo.case, ONE.sizes)
     base = {name: p.detach().clone() for name, p in chunks[0].named_parameters() if ".lora." not in name}
-    steps, metrics = [], []
-    for iteration in range(case.steps):
-        result = trainer.step(feed.batch(plan().rows(iteration)), iteration)
-        steps.append((result.loss, result.grad_norm, result.lr))
-        metrics.append(dict(result.metrics))
-        if iteration == 0:
-            gradients = main_gradients(chunks)
-    held = EvalPlan(PAIRS, ROWS)
-    first, *more = [trainer.evaluate(feed.batch(held.rows(number))) for number in range(held.num_batches)]
-    totals = sum(more, first)
+    share, metrics, evaluation = train_run(chunks, dpo, folder, ONE)
     after = dict(chunks[0].named_parameters())
     assert all(torch.equal(after[name], bits) for name, bits in base.items())
-    logits = whole_logits(chunks, ids, VOCAB).cpu()
-    elements = optimizer_elements(trainer)
-    share = Share(steps, peft_names(chunks), initial, gradients, pieces(chunks), before, logits, elements)
-    evaluation = [totals.mean_loss, totals.units, totals.target_tokens]
     return Trained(join([share]), metrics, evaluation, {way.partition(":")[0] for way in ways(chunks).values()})
 
 

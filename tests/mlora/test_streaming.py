@@ -158,6 +158,25 @@ def test_the_adapter_is_the_exported_one_on_every_rank(
         assert rank[case].untouched
 
 
+def check_merged(whole: Tensors, changed: Tensors, by_tool: Tensors, base: Tensors) -> None:
+    """``whole`` is what the merge tool makes: where nothing is ``changed`` the base's bits, elsewhere within one rounding."""
+    assert whole.keys() == by_tool.keys()
+    for key, tensor in whole.items():
+        theirs = by_tool[key]
+        assert tensor.dtype == theirs.dtype, key
+        if key not in changed:
+            assert torch.equal(tensor, base[key]), key
+            continue
+        # The tool's product and sum are one operation, ours two: float32's last bits, before the one rounding of both.
+        assert not torch.equal(tensor, base[key]), key
+        off = (tensor.double() - theirs.double()).abs()
+        if tensor.dtype == torch.float32:
+            assert off.max() <= 1e-6 * theirs.abs().max(), key
+        else:
+            assert (off <= torch.finfo(tensor.dtype).eps * theirs.double().abs()).all(), key
+            assert (off > 0).double().mean() < 0.01, key
+
+
 @pytest.mark.parametrize(("layout", "case"), PAIRS)
 def test_merged_weights_are_those_of_a_merge(
     streams: dict[str, tuple[list[dict[str, Streamed]], Path]], tmp_path: Path, layout: str, case: str
@@ -170,20 +189,7 @@ def test_merged_weights_are_those_of_a_merge(
         assert same(found.whole, found.in_place)
         assert found.changed.keys() == {f"{name}.weight" for name in report.changed}
         assert all(torch.equal(tensor, found.whole[key]) for key, tensor in found.changed.items())
-        assert found.whole.keys() == by_tool.keys()
-        for key, tensor in found.whole.items():
-            if key not in found.changed:
-                assert torch.equal(tensor, base[key]), key
-                continue
-            # The tool's product and sum are one operation, ours two: float32's last bits, before the one rounding of both.
-            theirs = by_tool[key]
-            assert tensor.dtype == theirs.dtype and not torch.equal(tensor, base[key])
-            off = (tensor.double() - theirs.double()).abs()
-            if tensor.dtype == torch.float32:
-                assert off.max() <= 1e-6 * theirs.abs().max(), key
-            else:
-                assert (off <= torch.finfo(tensor.dtype).eps * theirs.double().abs()).all(), key
-                assert (off > 0).double().mean() < 0.01, key
+        check_merged(found.whole, found.changed, by_tool, base)
 
 
 @pytest.mark.parametrize(("layout", "case"), PAIRS)

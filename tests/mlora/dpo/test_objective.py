@@ -97,44 +97,51 @@ def plan() -> BatchPlan:
     return BatchPlan(num_rows=PAIRS, global_batch_size=ROWS, seed=11)
 
 
+def train_run(
+    chunks: list[torch.nn.Module], run: Run, folder: Path, layout: Layout
+) -> tuple[Share, list[dict[str, float]], list[float]]:
+    """This rank's share of a run of adapted ``chunks``, with the metrics of every step and the evaluation at the end: (loss, pairs,
+    target tokens)."""
+    if run.named:
+        base = Pretrained.open(folder / run.case.kind)
+        mlora.load_adapter(chunks, folder / "reference", "reference", base=base)
+    trainer = Trainer(chunks, run.case.optimizer, run.objective())
+    feed = Feed(
+        rows(),
+        micro_batch_size=layout.micro_batch_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        device=torch.device(torch.cuda.current_device()),
+        packed=False,
+        rows_of_item=2,
+    )
+    ids = tokens(length=LENGTH)
+    initial, before = pieces(chunks), whole_logits(chunks, ids, VOCAB).cpu()
+    steps, metrics, gradients = [], [], {}
+    for iteration in range(run.case.steps):
+        result = trainer.step(feed.batch(plan().rows(iteration)), iteration)
+        steps.append((result.loss, result.grad_norm, result.lr))
+        metrics.append(dict(result.metrics))
+        if iteration == 0:
+            gradients = main_gradients(chunks)
+    held = EvalPlan(PAIRS, ROWS)
+    first, *more = [trainer.evaluate(feed.batch(held.rows(number))) for number in range(held.num_batches)]
+    totals = sum(more, first)
+    logits = whole_logits(chunks, ids, VOCAB).cpu()
+    share = Share(
+        steps, peft_names(chunks), initial, gradients, pieces(chunks), before, logits, optimizer_elements(trainer)
+    )
+    return share, metrics, [totals.mean_loss, totals.units, totals.target_tokens]
+
+
 def train_pairs(
     rank: int, folder: Path, names: list[str], layout: Layout
 ) -> dict[str, tuple[Share, list[dict[str, float]], list[float]]]:
-    """This rank's share of the runs, with the metrics of every step and the evaluation at the end."""
+    """This rank's shares of the runs."""
     found = {}
     for name in names:
-        run = RUNS[name]
-        chunks = adapt(folder / run.case.kind, run.case, layout.sizes)
-        if run.named:
-            base = Pretrained.open(folder / run.case.kind)
-            mlora.load_adapter(chunks, folder / "reference", "reference", base=base)
-        trainer = Trainer(chunks, run.case.optimizer, run.objective())
-        feed = Feed(
-            rows(),
-            micro_batch_size=layout.micro_batch_size,
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            dp_size=parallel_state.get_data_parallel_world_size(),
-            device=torch.device("cpu"),
-            packed=False,
-            rows_of_item=2,
-        )
-        ids = tokens(length=LENGTH)
-        initial, before = pieces(chunks), whole_logits(chunks, ids, VOCAB)
-        steps, metrics, gradients = [], [], {}
-        for iteration in range(run.case.steps):
-            result = trainer.step(feed.batch(plan().rows(iteration)), iteration)
-            steps.append((result.loss, result.grad_norm, result.lr))
-            metrics.append(dict(result.metrics))
-            if iteration == 0:
-                gradients = main_gradients(chunks)
-        held = EvalPlan(PAIRS, ROWS)
-        first, *more = [trainer.evaluate(feed.batch(held.rows(number))) for number in range(held.num_batches)]
-        totals = sum(more, first)
-        logits = whole_logits(chunks, ids, VOCAB)
-        share = Share(
-            steps, peft_names(chunks), initial, gradients, pieces(chunks), before, logits, optimizer_elements(trainer)
-        )
-        found[name] = share, metrics, [totals.mean_loss, totals.units, totals.target_tokens]
+        case = RUNS[name].case
+        found[name] = train_run(adapt(folder / case.kind, case, layout.sizes), RUNS[name], folder, layout)
     return found
 
 
