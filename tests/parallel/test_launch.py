@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from parallel.launch import distributed
 from parallel.sizes import ParallelSizes
+from tests.ports import free_port
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -25,12 +25,6 @@ def torchrun(rank: int, world: int, port: int = 0) -> dict[str, str]:
     """What torchrun tells a process on the only host."""
     values = (rank, world, rank, "127.0.0.1", port)
     return dict(zip(NAMES, map(str, values), strict=True))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def in_processes(function: Callable[..., Any], *environments: dict[str, str]) -> list[tuple[Any, float]]:

@@ -51,6 +51,11 @@ def test_a_run_that_succeeds_prints_nothing(capsys: pytest.CaptureFixture[str]) 
             1,
             "checkpoints that are complete stay usable (NCCL error)\n",
         ),
+        (
+            torch.distributed.DistNetworkError("failed to listen. port: 4, code: -98, name: EADDRINUSE"),
+            1,
+            "choose another MASTER_PORT (failed to listen. port: 4, code: -98, name: EADDRINUSE)\n",
+        ),
         (noted(OSError("disk full"), 3), 1, "error: disk full (on rank 3)\n"),
         (noted(OSError("disk full"), 0), 1, "error: disk full\n"),
     ],

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 import transformers  # noqa: F401  # Imported once here, not in every forked rank.
 
 import mlora_tools.run  # noqa: F401  # Likewise.
+from tests.ports import free_port
 from tests.tools.runs import metrics, run, write_base, write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,9 +54,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 def test_two_hosts_train_as_one(given: list[Any], tmp_path: Path) -> None:
     """Two agents with a rank each, tensor parallel across them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"localhost:{free.getsockname()[1]}"
+    endpoint = f"localhost:{free_port()}"
     hosts = ["--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
     argv = [*given, "--output", tmp_path / "run", "--train-iters", 3, "--tensor-model-parallel-size", 2]
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
@@ -92,9 +90,7 @@ def test_a_run_whose_rank_is_killed_is_started_anew_and_goes_on_by_itself(given:
 
 
 def test_a_lost_host_leaves_a_smaller_world_that_goes_on(given: list[Any], tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"localhost:{free.getsockname()[1]}"
+    endpoint = f"localhost:{free_port()}"
     hosts = ["--nnodes", "1:2", "--nproc-per-node", 1, "--max-restarts", 2, "--rdzv-backend", "c10d"]
     hosts += ["--rdzv-endpoint", endpoint, "--rdzv-conf"]
     soon = "last_call_timeout=4,keep_alive_interval=1,keep_alive_max_attempt=2"
