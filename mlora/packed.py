@@ -94,6 +94,10 @@ class Packed:
         """Whether ``weight`` is a view of P: a model that was moved or cast has another one."""
         return weight.data_ptr() == self.weight.data_ptr()
 
+    def is_used_by(self, adapter: LinearAdapter | None) -> bool:
+        """Whether an adapter's A and B ride in it: False for None."""
+        return adapter is not None and adapter is self.adapter
+
     def parameters(self) -> list[torch.nn.Parameter]:
         """A's and then B's, in the order of :meth:`gradients`.
 

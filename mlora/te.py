@@ -5,9 +5,10 @@
 | fused | bf16 and fp16 weights on a GPU with Triton, RMS norm or none in front | a few percent of the linear (:mod:`mlora.fused`) |
 | beside | all else: FP8, fp32, overlapped communication, layer norm with bias, DoRA | a pass or two more (:mod:`mlora.branch`) |
 
-The choice is made at a module's first forward, when its weight has its final dtype and device, and again when these change.
-Transformer Engine's own forward is never given the fused way's weight: it is a view with a row stride, which its GEMM would
-misread. With the adapter off, such a linear computes the base's output itself.
+The choice is made for each adapter at its first forward on a linear, when the weight has its final dtype and device, and again when
+these change. The fused way turns the weight into a view with a row stride, which Transformer Engine's GEMM would misread: its own
+forward is never given one. :mod:`mlora.fused` then computes the base's output, also while the adapter is off and for one that comes
+beside, so that no switch copies the weight.
 """
 
 import importlib.util
@@ -23,21 +24,22 @@ from mlora.dora import Rescale, scales
 from mlora.linear import Geometry
 from parallel.stages import as_chunks
 
-# (whether it holds, what stands in the way of the fused path if it does not), asked in this order.
-_Rule = tuple[Callable[[Any, LinearAdapter], bool], str]
-_RULES: list[_Rule] = [
-    (lambda m, a: importlib.util.find_spec("triton") is not None, "Triton is not installed"),
-    (lambda m, a: bool(m.weight.is_cuda), "the weight is not on a GPU"),
-    (lambda m, a: type(m.weight) is torch.nn.Parameter, "the weight is quantized"),
-    (lambda m, a: m.weight.dtype in (torch.bfloat16, torch.float16), "the weight is neither bf16 nor fp16"),
+# (whether it holds, what stands in the way of the fused path if it does not), of the base and of an adapter on it, in this order.
+_BASE_RULES: list[tuple[Callable[[Any], bool], str]] = [
+    (lambda m: importlib.util.find_spec("triton") is not None, "Triton is not installed"),
+    (lambda m: bool(m.weight.is_cuda), "the weight is not on a GPU"),
+    (lambda m: type(m.weight) is torch.nn.Parameter, "the weight is quantized"),
+    (lambda m: m.weight.dtype in (torch.bfloat16, torch.float16), "the weight is neither bf16 nor fp16"),
+    (lambda m: m.weight.shape[1] % 8 == 0, "the input features do not divide by 8"),
+    (lambda m: not m.config.fp8 and not getattr(m.config, "fp4", None), "the base runs in FP8 or FP4"),
+    (lambda m: getattr(m, "te_quant_params", None) is None, "the base has a quantization recipe"),
+    (lambda m: not m.config.tp_comm_overlap, "tensor-parallel communication is overlapped"),
+    (lambda m: not m.config.fp32_residual_connection, "the residual stream is fp32"),
+    (lambda m: not m.config.cpu_offloading, "activations are offloaded to the host"),
+    (lambda m: getattr(m, "normalization", "RMSNorm") == "RMSNorm", "the norm in front is a layer norm"),
+]
+_RULES: list[tuple[Callable[[Any, LinearAdapter], bool], str]] = [
     (lambda m, a: a.dtype == m.weight.dtype, "the adapter's dtype is not the weight's"),
-    (lambda m, a: m.weight.shape[1] % 8 == 0, "the input features do not divide by 8"),
-    (lambda m, a: not m.config.fp8 and not getattr(m.config, "fp4", None), "the base runs in FP8 or FP4"),
-    (lambda m, a: getattr(m, "te_quant_params", None) is None, "the base has a quantization recipe"),
-    (lambda m, a: not m.config.tp_comm_overlap, "tensor-parallel communication is overlapped"),
-    (lambda m, a: not m.config.fp32_residual_connection, "the residual stream is fp32"),
-    (lambda m, a: not m.config.cpu_offloading, "activations are offloaded to the host"),
-    (lambda m, a: getattr(m, "normalization", "RMSNorm") == "RMSNorm", "the norm in front is a layer norm"),
     (lambda m, a: len(set(a.scaling.values())) == 1 or not a.shares_A, "one A has several scalings"),
     (lambda m, a: not a.uses_dora, "the adapter is DoRA"),
     (lambda m, a: not a.config.decomposes, "the adapter starts as a part of the weight"),
@@ -46,7 +48,12 @@ _RULES: list[_Rule] = [
 
 def obstacle(module: Any, adapter: LinearAdapter) -> str | None:
     """What stands in the way of the fused path for this linear; None if nothing does."""
-    return next((reason for holds, reason in _RULES if not holds(module, adapter)), None)
+    base = _obstacle_of_base(module)
+    return base if base is not None else next((why for holds, why in _RULES if not holds(module, adapter)), None)
+
+
+def _obstacle_of_base(module: Any) -> str | None:
+    return next((why for holds, why in _BASE_RULES if not holds(module)), None)
 
 
 def ways(model: torch.nn.Module | Sequence[torch.nn.Module]) -> dict[str, str]:
@@ -77,12 +84,9 @@ class TeLora:
         packed = self.packed(adapter)
         if adapter is not None or packed is not None:
             self._check_frozen()
-        if packed is not None:
-            return self._fused(x, adapter, packed)
-        if self.weight._version != self._version:
-            # A weight in FP8 is made of the first micro batch's and kept, and a merge changes it in between.
-            self.is_first_microbatch, self._version = True, self.weight._version
-        y, bias = super().forward(x)  # type: ignore[misc]
+        if packed is not None and packed.is_used_by(adapter):
+            return self._fused(x, packed, packed.parameters())
+        y, bias = self._fused(x, packed, []) if packed is not None else self._plain(x)
         if adapter is None:
             return y, bias
         geometry = self.geometry(adapter, self.length(x))
@@ -93,6 +97,13 @@ class TeLora:
             y = Rescale.apply(y, scales(adapter, self.weight), added)  # type: ignore[no-untyped-call]
         return y, bias
 
+    def _plain(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Transformer Engine's own forward."""
+        if self.weight._version != self._version:
+            # A weight in FP8 is made of the first micro batch's and kept, and a merge changes it in between.
+            self.is_first_microbatch, self._version = True, self.weight._version
+        return super().forward(x)  # type: ignore[misc,no-any-return]
+
     def set_activation_dtype(self, x: torch.Tensor) -> None:
         """Transformer Engine's check of all parameters' dtypes, from which an adapter's may differ."""
         lora = self._modules.pop("lora")  # type: ignore[attr-defined]
@@ -102,33 +113,35 @@ class TeLora:
             self._modules["lora"] = lora  # type: ignore[attr-defined]
 
     def packed(self, adapter: LinearAdapter | None) -> Any:
-        """The buffers of the fused way, made or refreshed; None on the other way."""
+        """The buffers on which the base's product runs, made or refreshed; None if Transformer Engine's own weight serves it.
+
+        Those of another adapter, empty, if this one is off or comes beside.
+        """
         kept = self.lora.packed
         if kept is not None and not kept.is_of(self.weight):
             kept = self.lora.packed = None  # The model was moved or cast.
-        if adapter is None:
-            if kept is not None:
-                kept.clear()
-            return kept
-        if kept is None or kept.adapter is not adapter:
-            made = self._packed_for(adapter, kept)
-            if kept is not None and kept.buffer.captured and (made is None or made.buffer is not kept.buffer):
-                self.lora.captured.append(kept.buffer)
-            kept = self.lora.packed = made
-            if kept is None:
-                return None
-        kept.fill()
+        if kept is None or not kept.is_used_by(adapter):
+            kept = self._packed_for(adapter, kept)
+        if kept is not None:
+            kept.fill() if kept.is_used_by(adapter) else kept.clear()
         return kept
 
-    def _packed_for(self, adapter: LinearAdapter, kept: Any) -> Any:
-        if obstacle(self, adapter) is not None:
-            if kept is not None:  # Made for another adapter; Transformer Engine must not see its view.
-                self.weight.data = self.weight.data.contiguous()
-            return None
-        from mlora.packed import Packed
+    def _packed_for(self, adapter: LinearAdapter | None, kept: Any) -> Any:
+        """For an adapter that has not run last, after ``kept``."""
+        if kept is not None and _obstacle_of_base(self) is not None:  # There was none when it was made.
+            self.weight.data = self.weight.data.contiguous()
+            made = None
+        elif adapter is None or obstacle(self, adapter) is not None:
+            return kept
+        else:
+            from mlora.packed import Packed
 
-        with torch.inference_mode(False):  # What is made in it could not be used to train.
-            return Packed.of(self.weight, adapter, kept)
+            with torch.inference_mode(False):  # What is made in it could not be used to train.
+                made = Packed.of(self.weight, adapter, kept)
+        if kept is not None and kept.buffer.captured and (made is None or made.buffer is not kept.buffer):
+            self.lora.captured.append(kept.buffer)
+        self.lora.packed = made
+        return made
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """torch's; the base's weight as a tensor of its own, because some that read it take no view into a buffer."""
@@ -163,14 +176,14 @@ class TeLora:
         return x.shape[0] * (layout.group.size() if cut else 1)
 
     def _fused(
-        self, x: torch.Tensor, adapter: LinearAdapter | None, packed: Any
+        self, x: torch.Tensor, packed: Any, parameters: list[torch.nn.Parameter]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The base's forward on the buffers, with the adapter's if its ``parameters`` are given."""
         from mlora.fused import FusedLinear
 
         later = self.te_return_bias  # type: ignore[attr-defined]
         bias = self.bias if self.use_bias else None  # type: ignore[attr-defined]
-        parameters = [] if adapter is None else packed.parameters()
-        geometry = self.geometry(adapter, self.length(x))
+        geometry = self.geometry(packed.adapter if parameters else None, self.length(x))
         now = None if later else bias
         y = FusedLinear.apply(x, self.norm(), now, packed, geometry, *parameters)  # type: ignore[no-untyped-call]
         return y, bias if later else None
@@ -206,7 +219,8 @@ class MlpLora:
         if not plain or None in adapters or not _is_plain_swiglu(self.config):  # type: ignore[attr-defined]
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc,no-any-return]
         packed = fc1.packed(adapters[0]), fc2.packed(adapters[1])
-        if None in packed or fc1.use_bias or fc2.use_bias:
+        fused = all(p is not None and p.is_used_by(a) for p, a in zip(packed, adapters, strict=True))
+        if not fused or fc1.use_bias or fc2.use_bias:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc,no-any-return]
         from mlora.fused import FusedMlp
 
