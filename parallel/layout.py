@@ -127,6 +127,9 @@ def read_layout(name: str, module: torch.nn.Module) -> LinearLayout | None:
     out_features, in_features = rows * (size if dim == 0 else 1), columns * (size if dim == 1 else 1)
     runs = list(fused_rows(name, module.config, out_features, size if dim == 0 else 1))
     piece = (group.rank() * rows, rows) if dim == 0 else (0, rows)
+    # To Transformer Engine a replicated linear is one of a group of one, which has no sequence parallelism; of the tokens that it is
+    # given, Megatron's mark on its weight tells.
+    marked = weight if dim is None else module
     totals: dict[str, int] = {}
     for run in runs:
         totals[run.part] = totals.get(run.part, 0) + run.length
@@ -136,7 +139,7 @@ def read_layout(name: str, module: torch.nn.Module) -> LinearLayout | None:
         out_features=out_features,
         partition_dim=dim,
         group=group,
-        sequence_parallel=bool(getattr(module, "sequence_parallel", False)),
+        sequence_parallel=bool(getattr(marked, "sequence_parallel", False)),
         expert=bool(getattr(module, "is_expert", False)),
         parts=tuple(totals.items()),
         segments=tuple(_within(runs, *piece)),

@@ -193,7 +193,7 @@ def norm_products(
     """(partial sums of A's gradient [splits, R, N], dv · v of each token [T]), float32, from ``[g | d]`` [T, N + p].
 
     Args:
-        low: s [T, p], as :func:`mlora.kernels.project.project` gave it.
+        low: s [T, p], as :func:`mlora.kernels.operand.make_operand` gave it.
         correlation: dv · v where it is known already; then g is not read.
     """
     tokens, features = x.shape

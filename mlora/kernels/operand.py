@@ -16,6 +16,7 @@ import triton.language as tl
 
 from mlora.kernels.mask import Mask
 from mlora.kernels.products import dropped_product
+from mlora.kernels.swiglu import sigmoid
 
 COPY, RMSNORM, SWIGLU = 0, 1, 2
 
@@ -55,7 +56,7 @@ def _operand(
         if kind == 2:
             up = tl.load(x + row * x_stride + features + column, mask=valid, other=0.0)
             gate = v.to(tl.float32)
-            v = (gate * tl.sigmoid(gate) * up.to(tl.float32)).to(out.dtype.element_ty)
+            v = (gate * sigmoid(gate) * up.to(tl.float32)).to(out.dtype.element_ty)
         tl.store(out + row * out_stride + column, v, mask=valid)
 
 

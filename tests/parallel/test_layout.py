@@ -152,6 +152,14 @@ def test_flags_are_read_from_the_module() -> None:
     assert layout is not None and layout.sequence_parallel and layout.expert
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_whether_a_replicated_linear_sees_a_piece_of_the_sequence_is_what_megatron_marks_on_its_weight(cut: bool) -> None:
+    module = linear("TELinear", 6, 10, Fused(), 0, 2, parallel_mode=None, sequence_parallel=False)
+    module.weight.sequence_parallel = cut  # type: ignore[union-attr, assignment]
+    layout = read_layout("x.linear_kv_down_proj", module)
+    assert layout is not None and layout.sequence_parallel is cut
+
+
 def test_what_is_no_linear_has_no_record() -> None:
     shared_weight = linear("ColumnParallelLinear", 6, 10, Fused(), 0, 2)
     del shared_weight.weight
