@@ -127,8 +127,8 @@ def read_layout(name: str, module: torch.nn.Module) -> LinearLayout | None:
     out_features, in_features = rows * (size if dim == 0 else 1), columns * (size if dim == 1 else 1)
     runs = list(fused_rows(name, module.config, out_features, size if dim == 0 else 1))
     piece = (group.rank() * rows, rows) if dim == 0 else (0, rows)
-    # To Transformer Engine a replicated linear is one of a group of one, which has no sequence parallelism; of the tokens that it is
-    # given, Megatron's mark on its weight tells.
+    # To Transformer Engine a replicated linear is one of a group of one, without sequence parallelism; what tokens it is given
+    # is told by Megatron's mark on its weight.
     marked = weight if dim is None else module
     totals: dict[str, int] = {}
     for run in runs:

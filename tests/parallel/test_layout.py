@@ -153,7 +153,7 @@ def test_flags_are_read_from_the_module() -> None:
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_whether_a_replicated_linear_sees_a_piece_of_the_sequence_is_what_megatron_marks_on_its_weight(cut: bool) -> None:
+def test_a_replicated_linear_sees_a_piece_of_the_sequence_if_its_weight_is_marked_so(cut: bool) -> None:
     module = linear("TELinear", 6, 10, Fused(), 0, 2, parallel_mode=None, sequence_parallel=False)
     module.weight.sequence_parallel = cut  # type: ignore[union-attr, assignment]
     layout = read_layout("x.linear_kv_down_proj", module)
