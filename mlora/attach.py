@@ -132,9 +132,10 @@ def apply(
             f"adapter name {adapter_name!r} must be a Python identifier: it becomes part of parameter names"
         )
     chunks = as_chunks(model)
-    linears = {name: (module, layout) for name, module, layout in _linears(chunks)}
     check_untied(chunks, config, family)
-    targets = select(_projections([layout for _, layout in linears.values()], family), config, union_over_stages)
+    linears = together(lambda: {name: (module, layout) for name, module, layout in _linears(chunks)})
+    projections = together(lambda: _projections([layout for _, layout in linears.values()], family))
+    targets = select(projections, config, union_over_stages)
     wholes = choose_copied(chunks, targets, config, family)
     existing = union_over_stages({name for bank in banks(chunks) for name in bank.adapters})
     if adapter_name in existing:

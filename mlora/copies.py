@@ -188,7 +188,7 @@ def choose_copied(
         ValueError: one of them cannot be trained whole or is a target too, or a name matches nothing; on every rank alike.
     """
     names = config.modules_to_save or ()
-    modules = _candidates(chunks, family) if names else []
+    modules = together(lambda: _candidates(chunks, family) if names else [])
     chosen = together(lambda: _select(modules, names))
     both = union_over_stages({whole.name for whole in chosen}) & union_over_stages(
         {target.projection.module for target in targets}

@@ -59,6 +59,16 @@ def check_supported(module: torch.nn.Module, layout: LinearLayout, lora: LoraCon
         )
     if layout.expert:
         raise ValueError(f"{layout.name} is an expert's linear; experts cannot be adapted: add it to exclude_modules")
+    if layout.group.size() > 1 and not _runs_its_own_collectives(module, layout):
+        raise ValueError(
+            f"{layout.name}: with moe_shared_expert_overlap its collectives run elsewhere, and those of a low-rank term would not: "
+            f"switch it off, or add {'.'.join(layout.name.split('.')[-2:])!r} to exclude_modules"
+        )
+    if layout.group.size() > 1 and layout.name.endswith(".in_proj"):
+        raise ValueError(
+            f"{layout.name}: each rank holds a piece of every part of its rows, and an adapter's rows would be others at another "
+            f"tensor parallel size: add it to exclude_modules"
+        )
     if getattr(module, "gtp_remat_size", 1) > 1:
         raise ValueError(
             f"{layout.name}: its weight is rematerialised over a group (GTP), which adapters do not support"
@@ -69,3 +79,10 @@ def _runs_its_own_product(module: torch.nn.Module) -> bool:
     """Whether an output layer computes by ``ColumnParallelLinear.forward``, not fused with the loss."""
     fused = "LinearCrossEntropyModule"
     return isinstance(module, ColumnParallelLinear) and all(cls.__name__ != fused for cls in type(module).__mro__)
+
+
+def _runs_its_own_collectives(module: Any, layout: LinearLayout) -> bool:
+    """Whether a linear whose weight is cut communicates in its forward, as it does unless Megatron has told it not to."""
+    if is_local(module):
+        return not module.explicit_expert_comm
+    return layout.partition_dim is None or module.parallel_mode is not None

@@ -27,6 +27,9 @@ PARTITION_DIM: dict[str, int | None] = {
     "ColumnParallelLinear": 0,
     "RowParallelLinear": 1,
     "TELinear": None,
+    # One for all experts of a rank, whose weights are weight0, weight1, ...; the record is that of each.
+    "TEColumnParallelGroupedLinear": 0,
+    "TERowParallelGroupedLinear": 1,
 }
 _PARALLEL_MODE = {"column": 0, "row": 1}
 
@@ -117,7 +120,7 @@ def read_layout(name: str, module: torch.nn.Module) -> LinearLayout | None:
         module: a linear of Megatron's local or Transformer Engine spec, with its weight.
     """
     kind = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in PARTITION_DIM), None)
-    weight = getattr(module, "weight", None)
+    weight = getattr(module, "weight", getattr(module, "weight0", None))
     if kind is None or not isinstance(weight, torch.Tensor):
         return None
     dim = _PARALLEL_MODE.get(str(getattr(module, "parallel_mode", None))) if kind == "TELinear" else PARTITION_DIM[kind]
@@ -140,7 +143,7 @@ def read_layout(name: str, module: torch.nn.Module) -> LinearLayout | None:
         partition_dim=dim,
         group=group,
         sequence_parallel=bool(getattr(marked, "sequence_parallel", False)),
-        expert=bool(getattr(module, "is_expert", False)),
+        expert=bool(getattr(module, "is_expert", False)) or kind.endswith("GroupedLinear"),
         parts=tuple(totals.items()),
         segments=tuple(_within(runs, *piece)),
     )

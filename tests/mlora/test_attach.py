@@ -17,6 +17,7 @@ from megatron.core.transformer.module import Float16Module
 import mlora
 from mlora import LoraConfig
 from mlora.attach import banks, factors
+from mlora.families import LLAMA
 from mlora.train import OptimizerSettings, Trainer
 from parallel.sizes import ParallelSizes
 from parallel.stages import named_parameters
@@ -329,6 +330,80 @@ def test_experts_are_refused_also_where_one_stage_has_none() -> None:
     assert len(set(messages)) == 1
     assert re.search(r"layers\.3\.mlp\.experts\.local_experts\.0\.linear_fc1 is an expert's linear", messages[0])
     assert "exclude_modules" in messages[0]
+
+
+def grouped(rank: int, sizes: ParallelSizes) -> str:
+    """Experts of Transformer Engine, known by their class's name: one module holds the weights of all."""
+    chunks = gpt.build(sizes, experts=2, expert_layers=[3])
+    if parallel_state.is_pipeline_last_stage():
+        linear = type("TEColumnParallelGroupedLinear", (torch.nn.Module,), {})()
+        for expert in range(2):
+            linear.register_parameter(f"weight{expert}", torch.nn.Parameter(torch.zeros(2 * gpt.FFN, gpt.HIDDEN)))
+        linear.config, linear.tp_group = chunks[0].config, parallel_state.get_tensor_model_parallel_group()
+        experts = torch.nn.Module()
+        experts.linear_fc1 = linear
+        chunks[0].decoder.layers[-1].mlp.experts = experts
+    with pytest.raises(ValueError) as raised:
+        mlora.apply(chunks, LoraConfig(r=2))
+    assert not list(banks(chunks))
+    mlora.apply(chunks, LoraConfig(r=2, exclude_modules=["experts.linear_fc1"]))
+    return str(raised.value)
+
+
+def test_grouped_experts_are_not_left_out_in_silence() -> None:
+    messages = at("PP2", grouped)
+    assert len(set(messages)) == 1
+    assert messages[0].startswith("decoder.layers.3.mlp.experts.linear_fc1 is an expert's linear")
+
+
+SHARED_EXPERTS = {"experts": 2, "expert_layers": [3], "moe_shared_expert_intermediate_size": 16}
+OVERLAPPED = {"moe_shared_expert_overlap": True, "moe_token_dispatcher_type": "alltoall"}
+
+
+def test_a_linear_that_does_not_communicate_itself_is_refused() -> None:
+    config = {"exclude_modules": r".*local_experts.*"}
+    for message in at("TP2+SP", refusal, config, "default", SHARED_EXPERTS | OVERLAPPED):
+        assert "layers.3.mlp.shared_experts.linear_fc1: with moe_shared_expert_overlap" in message
+        assert "add 'shared_experts.linear_fc1' to exclude_modules" in message
+
+
+def with_in_proj(rank: int, sizes: ParallelSizes) -> None:
+    chunks = gpt.build(sizes)
+    config = chunks[0].config
+    chunks[0].decoder.layers[0].mixer = torch.nn.Module()
+    chunks[0].decoder.layers[0].mixer.in_proj = ColumnParallelLinear(
+        gpt.HIDDEN, 64, config=config, init_method=torch.nn.init.zeros_, bias=False, gather_output=False
+    )
+    if sizes.tensor > 1:
+        with pytest.raises(ValueError, match=r"layers\.0\.mixer\.in_proj: each rank holds a piece of every part"):
+            mlora.apply(chunks, LoraConfig(r=2))
+    mlora.apply(chunks, LoraConfig(r=2, exclude_modules=["in_proj"] if sizes.tensor > 1 else None))
+
+
+@pytest.mark.parametrize("layout", ["one", "TP2"])
+def test_rows_that_mean_others_at_another_tensor_parallel_size_are_refused(layout: str) -> None:
+    at(layout, with_in_proj)
+
+
+def of_no_family(rank: int, sizes: ParallelSizes) -> tuple[str, str]:
+    """The messages where the last stage alone has a linear, or another module, that the family does not know."""
+    chunks = gpt.build(sizes, experts=2, expert_layers=[3])
+    with pytest.raises(ValueError) as linear:
+        mlora.apply(chunks, LoraConfig(target_modules=["q_proj"]), family=LLAMA)
+    chunks = gpt.build(sizes)
+    if parallel_state.is_pipeline_last_stage():
+        chunks[-1].value_head = torch.nn.Linear(gpt.HIDDEN, 1)
+    with pytest.raises(ValueError) as other:
+        mlora.apply(chunks, LoraConfig(modules_to_save=["model.norm"]), family=LLAMA)
+    return str(linear.value), str(other.value)
+
+
+@pytest.mark.parametrize("layout", ["PP2", "VPP2"])
+def test_a_module_that_the_family_has_not_is_told_on_every_stage(layout: str) -> None:
+    messages = at(layout, of_no_family)
+    assert len(set(messages)) == 1
+    assert "layers.3.mlp.experts.local_experts.0.linear_fc1 (gate) is no module of the llama family" in messages[0][0]
+    assert "value_head (whole) is no module of the llama family" in messages[0][1]
 
 
 def beside_experts(rank: int, sizes: ParallelSizes) -> list[str]:
