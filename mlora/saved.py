@@ -86,11 +86,14 @@ def load_adapter(
     """
     saved = together(lambda: SavedAdapter.open(path, base))
     chunks = as_chunks(model)
+    trained = [parameter for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad]
     apply(chunks, saved.config, adapter_name, family=base.family if base else None)
     try:
         saved.load(chunks, adapter_name)
     except (ValueError, OSError):
         # Raised on every rank alike, so every rank takes it back.
         delete_adapter(chunks, adapter_name)
+        for parameter in trained:
+            parameter.requires_grad_(True)
         raise
     return saved.config

@@ -49,8 +49,11 @@ def attach(
         FileNotFoundError, ValueError: a word is unknown, ``lora_rank`` and ``r`` contradict each other or the adapter at
             ``lora_adapter_path``, or as :func:`mlora.apply` and :func:`mlora.load_adapter`.
     """
-    path = settings.get(_PATH)
+    path, words = settings.get(_PATH), {key: value for key, value in settings.items() if key != _PATH}
     if path:
+        LoraConfig.from_dict(
+            words | {"lora_rank": words.get("lora_rank") or None}, "verl's settings"
+        )  # Is every word known?
         together(lambda: _check_same(SavedAdapter.open(path, base).config, settings))
         load_adapter(model, path, adapter_name, base=base)
         return list(model)
@@ -58,7 +61,7 @@ def attach(
         if dist.get_rank() == 0:
             logger.info("lora_rank is 0: no adapter is attached, and nothing is frozen")
         return list(model)
-    config = LoraConfig.from_dict({key: value for key, value in settings.items() if key != _PATH}, "verl's settings")
+    config = LoraConfig.from_dict(words, "verl's settings")
     return apply(model, config, adapter_name, family=base.family if base else None)
 
 

@@ -192,7 +192,11 @@ def test_training_goes_on_as_if_no_other_adapter_had_been(
 def refusals(rank: int, folder: Path, bad: Path) -> list[str]:
     """What is said of adapters that cannot be loaded; the model is as it was."""
     base = Pretrained.open(folder / "llama")
-    chunks = mlora.apply(build_model(base, SP2), LoraConfig(r=2))
+    bare = build_model(base, SP2)
+    with pytest.raises(ValueError, match="not finite"):
+        mlora.load_adapter(bare, bad, base=base)
+    assert mlora.adapter_names(bare) == [] and all(p.requires_grad for chunk in bare for p in chunk.parameters())
+    chunks = mlora.apply(bare, LoraConfig(r=2))
     before = [parameter for bank in banks(chunks) for parameter in bank.parameters()]
     messages = []
     for path, name, model in (

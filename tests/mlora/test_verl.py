@@ -36,6 +36,8 @@ def attached(rank: int, folder: Path) -> None:
         assert ours.name == theirs.name and torch.equal(ours.parameter, theirs.parameter)
     with pytest.raises(ValueError, match=f"lora_rank is 4, and the adapter at {saved} has 3"):
         verl.attach(gpt.build(TP2), WORDS | {"lora_adapter_path": str(saved), "lora_rank": 4})
+    with pytest.raises(ValueError, match="verl's settings: unknown field 'lora_alpa'; did you mean 'lora_alpha'"):
+        verl.attach(gpt.build(TP2), {"lora_adapter_path": str(saved), "lora_alpa": 6})
     free = gpt.build(TP2)
     assert verl.attach(free, WORDS | {"lora_rank": 0}) == free
     assert mlora.adapter_names(free) == [] and all(p.requires_grad for chunk in free for p in chunk.parameters())
