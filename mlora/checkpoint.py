@@ -162,9 +162,14 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if keep_last is not None:
-        earlier = [path for path in checkpoints(folder) if path.name <= final.name]
-        on_rank_zero(lambda: remove(earlier[:-keep_last]))
+        on_rank_zero(lambda: _remove_earlier(final, keep_last))
     return final
+
+
+def _remove_earlier(newest: Path, keep_last: int) -> None:
+    """Of the checkpoints up to ``newest``, remove all but the last ones."""
+    found = checkpoints(newest.parent)
+    remove(found[: found.index(newest) + 1][:-keep_last])
 
 
 def load_checkpoint(

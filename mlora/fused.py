@@ -5,6 +5,9 @@ With P = [W | B] (:mod:`mlora.packed`), v the input or its RMS norm, t ranks and
     forward    [v | s], s = v Aᵀ,  y = [v | s] Pᵀ
     backward   [g | d] = dy P,  dx from g + d A,  dA = dᵀ v,  dB = dyᵀ s
 
+Where this needs a copy of x or dy for its own sake, the shapes say what moves fewer bytes: the copy, or a pass over the result.
+With the adapter off, W alone is read, whatever another adapter has left beside it.
+
 | base | what is communicated, p columns wider than the frozen base's |
 |---|---|
 | column-parallel | all-reduce of [g \\| d]; with sequence parallelism all-gather of [v \\| s] and reduce-scatter of [g \\| d] |
@@ -21,8 +24,8 @@ import torch
 
 from mlora.kernels.inputs import add_low_rank, norm_gradient, norm_products
 from mlora.kernels.mask import Mask
-from mlora.kernels.operand import RMSNORM, SWIGLU, make_operand
-from mlora.kernels.products import token_product
+from mlora.kernels.operand import RMSNORM, SWIGLU, low_product, make_operand
+from mlora.kernels.products import is_dense, token_product
 from mlora.kernels.swiglu import swiglu_backward
 from mlora.linear import Geometry
 from mlora.packed import Packed
@@ -54,13 +57,10 @@ class FusedLinear(torch.autograd.Function):
 
         ``parameters`` are those of ``packed``, in its order; without them the adapter is off.
         """
-        mask = _mask(geometry, x)
-        flat = x.flatten(0, 1)
-        operand, low, rstd = _operand(flat, packed.padded_A if parameters else None, packed.tail, norm, mask)
-        if geometry.gathers:
-            operand = collectives.all_gather(operand, geometry.group)
-            low = operand[:, -packed.tail :].contiguous()
-        y = _product(operand, packed.weight, bias if not geometry.row_parallel else None)
+        flat, mask = x.flatten(0, 1), _mask(geometry, x)
+        weight = packed.weight if parameters else packed.base
+        now = bias if not geometry.row_parallel else None
+        y, low, rstd = _adapted(flat, weight, packed.padded_A if parameters else None, norm, now, mask, geometry)
         y = _after_forward(y, geometry)
         if geometry.row_parallel and bias is not None:
             y += bias
@@ -76,17 +76,16 @@ class FusedLinear(torch.autograd.Function):
         packed: Packed = ctx.packed
         geometry: Geometry = ctx.geometry
         packed.check(ctx.version)
-        if ctx.active:
-            packed.refill()
-        else:
-            packed.clear()
         dy = _before_backward(dy.flatten(0, 1), geometry)
-        g = dy @ packed.weight
-        if not ctx.active:  # Also in a replayed graph, behind which another adapter may have filled the buffer.
-            g[:, -packed.tail :].zero_()
-        dx, dA = _input_and_A(_sum_over_ranks(g, geometry), x, rstd, low, packed.lora_A, ctx)
         if not ctx.active:
-            return dx, None, None, None, None
+            g = _sum_over_ranks(dy @ packed.base, geometry)
+            return _input_and_A(g, x, rstd, low, packed.lora_A[:0], ctx)[0], None, None, None, None
+        packed.refill()
+        if ctx.norm is None and geometry.row_parallel and _copies_dy(dy, packed, ctx.mask):
+            g, d = _complete(dy, packed)
+            dx, dA = g.view(ctx.shape), token_product(d, x, packed.ranks)
+        else:
+            dx, dA = _input_and_A(_sum_over_ranks(dy @ packed.weight, geometry), x, rstd, low, packed.lora_A, ctx)
         dB = token_product(_low_for_dB(low, geometry), dy, packed.ranks)
         return dx, None, None, None, None, *packed.gradients(dA, dB)
 
@@ -105,16 +104,11 @@ class FusedMlp(torch.autograd.Function):
     ) -> torch.Tensor:
         """x [s, b, h] ([s/t, b, h] with sequence parallelism) -> y [s, b, h] likewise; ``parameters`` of fc1, then of fc2."""
         (first, second), (one, two) = packed, geometries
-        flat = x.flatten(0, 1)
-        mask1 = _mask(one, x)
-        operand, low1, rstd = _operand(flat, first.padded_A, first.tail, norm, mask1)
-        if one.gathers:
-            operand = collectives.all_gather(operand, one.group)
-            low1 = operand[:, -first.tail :].contiguous()
-        between = _product(operand, first.weight, None)
+        flat, mask1 = x.flatten(0, 1), _mask(one, x)
+        between, low1, rstd = _adapted(flat, first.weight, first.padded_A, norm, None, mask1, one)
         mask2 = _mask(two, between.view(-1, x.shape[1], between.shape[1]))
         operand, low2, _ = make_operand(between, second.padded_A, second.tail, kind=SWIGLU, mask=mask2)
-        y = _after_forward(_product(operand, second.weight, None), two)
+        y = _after_forward(operand @ second.weight.T, two)
         ctx.save_for_backward(flat, rstd, low1, between, low2)
         ctx.norm, ctx.packed, ctx.geometries, ctx.geometry = norm, packed, geometries, one
         ctx.mask, ctx.mask2, ctx.shape = mask1, mask2, x.shape
@@ -130,7 +124,11 @@ class FusedMlp(torch.autograd.Function):
             packed.check(version)
             packed.refill()
         dy = _before_backward(dy.flatten(0, 1), two)
-        g, d, missing_A = _between(dy, second, ctx.mask2)
+        if _copies_dy(dy, second, ctx.mask2):
+            (g, d), missing_A = _complete(dy, second), None
+        else:
+            both, features = dy @ second.weight, between.shape[1] // 2
+            g, d, missing_A = both[:, :features], both[:, features : features + second.ranks], second.lora_A
         dB2 = token_product(_low_for_dB(low2, two), dy, second.ranks)
         between, dA2, dB1, correlation = swiglu_backward(g, d, between, missing_A, low1, first.ranks, ctx.mask2)
         g = _sum_over_ranks(between @ first.weight, one)
@@ -139,21 +137,44 @@ class FusedMlp(torch.autograd.Function):
         return dx, None, None, None, *first.gradients(dA1, dB1), *second.gradients(dA2, dB2)
 
 
-def _between(
-    dy: torch.Tensor, packed: Packed, mask: Mask | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(g, d, the A of which d A must be added to g yet): the gradient of a linear's input from that of its output.
+def _adapted(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    padded_A: torch.Tensor | None,
+    norm: Norm | None,
+    bias: torch.Tensor | None,
+    mask: Mask | None,
+    geometry: Geometry,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y before the base's sum over the ranks, s of all tokens that y is of, rstd) of x [T, in] and [W | B], or W if the adapter is
+    off: then s has no columns."""
+    features = x.shape[1]
+    tail = weight.shape[1] - features
+    if norm is None and not geometry.gathers and (padded_A is None or features >= weight.shape[0]):
+        if padded_A is None:
+            return _product(x, weight, bias), x[:, :0], x.new_empty(0)
+        low = low_product(x, padded_A, mask)
+        y = _product(low, weight[:, features:], bias)
+        return y.addmm_(x, weight[:, :features].T), low, x.new_empty(0)
+    operand, low, rstd = _operand(x, padded_A, tail, norm, mask)
+    if geometry.gathers:
+        operand = collectives.all_gather(operand, geometry.group)
+        low = operand[:, features:].contiguous()
+    return _product(operand, weight, bias), low, rstd
 
-    Without dropout one GEMM with ``[W; A]`` adds it at next to no cost: less than the kernel that reads g would need for it.
-    """
-    out, features = dy.shape[1], packed.lora_A.shape[1]
-    if mask is not None:
-        g = dy @ packed.weight
-        return g[:, :features], g[:, features : features + packed.ranks], packed.lora_A
+
+def _copies_dy(dy: torch.Tensor, packed: Packed, mask: Mask | None) -> bool:
+    """Whether to copy dy beside d for a product with ``[W; A]`` moves less than to add d A to what its product with W gave."""
+    return mask is None and (is_dense(packed.ranks, mask) or 2 * packed.base.shape[1] > 3 * dy.shape[1])
+
+
+def _complete(dy: torch.Tensor, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    """(g + d A, d) of a linear without dropout whose dy [T, out] is whole."""
+    out, features = packed.base.shape
     wide = dy.new_empty(dy.shape[0], out + packed.tail)
     wide[:, :out] = dy
     wide[:, out:] = dy @ packed.weight[:, features:]
-    return wide @ packed.upright, wide[:, out : out + packed.ranks], None
+    return wide @ packed.upright, wide[:, out : out + packed.ranks]
 
 
 def _mask(geometry: Geometry, x: torch.Tensor) -> Mask | None:
@@ -218,6 +239,8 @@ def _input_and_A(
     """(dx in x's shape, partial sums of dA) from ``[g | d]`` for this rank's tokens."""
     norm: Norm | None = ctx.norm
     if norm is None:
+        if g.shape[1] == x.shape[1]:
+            return g.view(ctx.shape), low
         dA = token_product(g[:, x.shape[1] :], x, lora_A.shape[0], mask=ctx.mask)
         return add_low_rank(g, lora_A, ctx.mask).view(ctx.shape), dA
     if ctx.geometry.gathers:

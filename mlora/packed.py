@@ -21,7 +21,7 @@ class Buffer:
     Attributes:
         whole: P [out + p, in + p].
         tail: p.
-        filled_by: the adapter whose A and B are in it; None if both are zero.
+        filled_by: the adapter whose A and B are in it; None before the first, and if it is deleted.
         packed: what each adapter has made of it.
     """
 
@@ -47,6 +47,7 @@ class Packed:
         adapter: None once it is deleted.
         captured: a CUDA graph was captured that reads and writes it.
         buffer: with P.
+        base: W [out, in].
         weight: [W | B] [out, in + p].
         upright: [W; A] [out + p, in].
         padded_A, lora_A: [p, in], zero past R, and its first R rows.
@@ -62,7 +63,8 @@ class Packed:
         rows, features = weight.shape
         self.buffer = buffer if buffer is not None and buffer.tail >= self.tail else Buffer(weight, self.tail)
         self.buffer.packed[adapter] = self
-        self._base = weight
+        self._parameter = weight
+        self.base = self.buffer.whole[:rows, :features]
         self.weight = self.buffer.whole[:rows, : features + self.tail]
         self.upright = self.buffer.whole[: rows + self.tail, :features]
         self.padded_A = self.upright[rows:]
@@ -79,7 +81,7 @@ class Packed:
     @property
     def version(self) -> int:
         """Changes when the base weight does."""
-        return self._base._version
+        return self._parameter._version
 
     def check(self, version: int) -> None:
         """Before backward.
@@ -115,28 +117,22 @@ class Packed:
     def release(self, adapter: LinearAdapter) -> None:
         """Forget an adapter that is deleted; the buffer stays for the next one."""
         if self.buffer.filled_by is adapter:
-            self.clear()
+            self.buffer.filled_by = None
         if (packed := self.buffer.packed.pop(adapter, None)) is not None:
             packed.adapter = None
 
-    @torch.no_grad()
-    def clear(self) -> None:
-        """While the adapter is off: nothing of any is left, which nothing may multiply if it is not finite."""
-        if self.buffer.filled_by is not None:
-            rows, features = self._base.shape
-            self.buffer.whole[:, features:].zero_()
-            self.buffer.whole[rows:].zero_()
-            self.buffer.filled_by = None
+    def note_capture(self) -> None:
+        """At every forward: a CUDA graph that is being captured reads the buffer for as long as it lives."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            self.captured = True
 
     @torch.no_grad()
     def fill(self) -> None:
         """Copy A and B in: at every forward, because a distributed optimizer changes parameters behind autograd's back, and a
         replayed CUDA graph must see what it made of them."""
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
-            self.captured = True
         A = [parameter.detach() for parameter in self._adapter.lora_A.values()]
         B = [parameter.detach() for parameter in self._adapter.lora_B.values()]
-        pack(A, B, self._scaling, self._tables, self.padded_A, self.weight[:, self._base.shape[1] :])
+        pack(A, B, self._scaling, self._tables, self.padded_A, self.weight[:, self.base.shape[1] :])
         self.buffer.filled_by = self._adapter
 
     def refill(self) -> None:

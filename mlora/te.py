@@ -115,7 +115,7 @@ class TeLora:
     def packed(self, adapter: LinearAdapter | None) -> Any:
         """The buffers on which the base's product runs, made or refreshed; None if Transformer Engine's own weight serves it.
 
-        Those of another adapter, empty, if this one is off or comes beside.
+        Those of another adapter if this one is off or comes beside.
         """
         kept = self.lora.packed
         if kept is not None and not kept.is_of(self.weight):
@@ -123,7 +123,9 @@ class TeLora:
         if kept is None or not kept.is_used_by(adapter):
             kept = self._packed_for(adapter, kept)
         if kept is not None:
-            kept.fill() if kept.is_used_by(adapter) else kept.clear()
+            kept.note_capture()
+            if kept.is_used_by(adapter):
+                kept.fill()
         return kept
 
     def _packed_for(self, adapter: LinearAdapter | None, kept: Any) -> Any:

@@ -74,8 +74,8 @@ def make_operand(
 
     Args:
         x: [T, N] ([T, 2 N] for SWIGLU), columns contiguous.
-        lora_A: [p, N] with the scaling in it, zero past the R ranks; None for zeros.
-        tail: p.
+        lora_A: [p, N] with the scaling in it, zero past the R ranks; None for none.
+        tail: p, zero without A.
         norm_weight: [N], for RMSNORM.
         mask: of dropout on v in ``v Aᵀ``; None for none.
     """
@@ -96,11 +96,13 @@ def make_operand(
         block=block,
         num_warps=8 if block == 4096 else 4,
     )
-    v = out[:, :features]
-    low = _low(v, lora_A, mask) if lora_A is not None else x.new_zeros(tokens, tail)
+    if lora_A is None:
+        return out, x.new_empty(tokens, 0), rstd
+    low = low_product(out[:, :features], lora_A, mask)
     out[:, features:] = low
     return out, low, rstd
 
 
-def _low(v: torch.Tensor, lora_A: torch.Tensor, mask: Mask | None) -> torch.Tensor:
+def low_product(v: torch.Tensor, lora_A: torch.Tensor, mask: Mask | None) -> torch.Tensor:
+    """``v Aᵀ`` [T, p], of the dropped v if there is a mask; v [T, N], A [p, N]."""
     return v @ lora_A.T if mask is None else dropped_product(v, lora_A, mask)

@@ -28,6 +28,7 @@ CASES = [
     Case(QKV, shared_A=True, rank=3),
     Case(QKV, rank_pattern={"k_proj": 2}),
     Case(PROJ, dropout=0.3, bias=True),
+    Case(PROJ, rank=2, bias=True),  # in is far larger than out
     Case(FC1, targets=["up_proj"]),
     Case(FC2, rank=7),
     Case(QKV, rank=23),  # 69 ranks together: more than the kernels sum up themselves
@@ -148,7 +149,8 @@ def outputs_of_two_adapters(rank: int) -> dict[str, Any]:
     x = local_input(Case(QKV), ParallelSizes(), layout, rank).detach().float()
 
     def run(held: Packed, on: bool = True) -> torch.Tensor:
-        held.fill() if on else held.clear()
+        if on:
+            held.fill()
         parameters = held.parameters() if on else ()
         y: torch.Tensor = FusedLinear.apply(
             x.clone().requires_grad_(), None, None, held, Geometry.of(layout, None), *parameters
