@@ -215,9 +215,19 @@ def test_saves_that_are_refused(tmp_path: Path) -> None:
 
 def _keep(rank: int, folder: Path) -> list[list[str]]:
     chunks, found = _model(), []
-    for iteration, keep_last in [(1, None), (2, None), (3, 2), (4, 2), (10, 1), (5, 1), (6, 1)]:
+    for iteration, keep_last in [
+        (1, None),
+        (2, None),
+        (3, 2),
+        (4, 2),
+        (10, 1),
+        (5, 1),
+        (6, 1),
+        (9_999_999, 1),
+        (10_000_000, 1),
+    ]:
         save_checkpoint(folder, chunks, iteration=iteration, keep_last=keep_last)
-        found.append([path.name.lstrip("iter_0") for path in checkpoints(folder)])
+        found.append([str(int(path.name.removeprefix("iter_"))) for path in checkpoints(folder)])
         torch.distributed.barrier()
     return found
 
@@ -225,7 +235,17 @@ def _keep(rank: int, folder: Path) -> list[list[str]]:
 def test_keep_last_never_removes_the_new_one_or_later_ones(tmp_path: Path) -> None:
     found = run_ranks(2, _keep, tmp_path, sizes=PP2)[0]
     # From 5 on: a run that went back to before 10 and keeps what it has not reached yet.
-    assert found == [["1"], ["1", "2"], ["2", "3"], ["3", "4"], ["1" + "0"], ["5", "10"], ["6", "10"]]
+    assert found == [
+        ["1"],
+        ["1", "2"],
+        ["2", "3"],
+        ["3", "4"],
+        ["10"],
+        ["5", "10"],
+        ["6", "10"],
+        ["9999999"],
+        ["10000000"],
+    ]
 
 
 def _write_infinite(rank: int, checkpoint: Path, infinite: Path) -> None:
