@@ -168,8 +168,8 @@ class Lora:
         if self.lora_config is not None:
             try:
                 values = json.loads(self.lora_config.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise UsageError(f"{self.lora_config}: not valid JSON: {error}") from None
+            except ValueError as error:  # of JSON and of UTF-8
+                raise UsageError(f"{self.lora_config}: not readable as JSON: {error}") from None
             if not isinstance(values, dict):
                 raise UsageError(f"{self.lora_config}: expected a JSON object")
             return {"seed": seed, **values}

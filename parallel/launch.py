@@ -15,8 +15,12 @@ from parallel.cpu import megatron_on_cpu
 from parallel.sizes import ParallelSizes
 
 
-def _environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank); (0, 1, 0) without torchrun."""
+def environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun's variables say it; (0, 1, 0) without them.
+
+    Raises:
+        ValueError: one of them is missing or no number.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = [name for name in names if name in os.environ]
     if not given:
@@ -24,6 +28,11 @@ def _environment() -> tuple[int, int, int]:
     missing = [name for name in names if name not in os.environ]
     if missing:
         raise ValueError(f"{', '.join(given)} set but {', '.join(missing)} not: start with torchrun, or unset them all")
+    for name in names:
+        if not os.environ[name].isdecimal():
+            raise ValueError(
+                f"{name} is {os.environ[name]!r}, which is no number: start with torchrun, or unset {', '.join(names)}"
+            )
     rank, world, local = (int(os.environ[name]) for name in names)
     return rank, world, local
 
@@ -82,10 +91,10 @@ def distributed(
         The device on which the model belongs.
 
     Raises:
-        ValueError: the world size does not fit ``sizes``, torchrun's variables are incomplete, the device or backend is
-            unknown, or a rank has no GPU. It is raised before any connection is made; the first three on every rank alike.
+        ValueError: the world size does not fit ``sizes``, torchrun's variables are incomplete or no numbers, the device or backend
+            is unknown, or a rank has no GPU. It is raised before any connection is made; the first three on every rank alike.
     """
-    rank, world, local_rank = _environment()
+    rank, world, local_rank = environment()
     sizes.data(world)
     device, backend = _device_and_backend(device, backend)
     timeout = timedelta(minutes=timeout_minutes)

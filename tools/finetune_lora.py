@@ -4,14 +4,13 @@ See `--help`. The run itself is in `run`.
 """
 
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 
 from mlora_tools.arguments import Arguments
 from mlora_tools.failure import one_line_errors
 from mlora_tools.imports import uncollected
-from mlora_tools.messages import set_up_messages
+from mlora_tools.messages import own_rank, set_up_messages
 from mlora_tools.options import UsageError
 
 _NEEDED = ("transformers", "jinja2", "tqdm", "tensorboard", "matplotlib")
@@ -19,7 +18,7 @@ _NEEDED = ("transformers", "jinja2", "tqdm", "tensorboard", "matplotlib")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The trainer, on this rank; its exit code: 0, also after SIGTERM, 1, or 2 for a wrong command line."""
-    rank = int(os.environ.get("RANK", 0))
+    rank = own_rank()
     set_up_messages(rank)
     with one_line_errors(rank) as outcome:
         arguments = Arguments.parse(argv)

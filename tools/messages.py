@@ -1,10 +1,17 @@
 """Which messages a rank prints."""
 
 import logging
+import os
 import sys
 import warnings
 
 OURS = ("mlora", "mlora_tools", "parallel")
+
+
+def own_rank() -> int:
+    """Of this process, before anything has looked at the environment: 0 without torchrun, and where RANK is no number."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def set_up_messages(rank: int) -> None:

@@ -88,7 +88,10 @@ def _read_config(path: Path, fields: Mapping[str, tuple[Field[Any], Kind]]) -> d
 
 def _load(path: Path) -> list[tuple[Any, Any]]:
     """The file's names and values in its order, those that stand there twice too."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not readable as UTF-8: {error}") from None
     if path.suffix == ".json":
         try:
             pairs = json.loads(text, object_pairs_hook=_Pairs)

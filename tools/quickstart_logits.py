@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Annotated
 from mlora_tools.arguments import Layout
 from mlora_tools.failure import one_line_errors
 from mlora_tools.imports import uncollected
-from mlora_tools.messages import set_up_messages
+from mlora_tools.messages import own_rank, set_up_messages
 from mlora_tools.options import Help, parse
 
 DESCRIPTION = "Write the logits of a base model with the adapter of its newest checkpoint. Start with torchrun."
@@ -33,7 +32,7 @@ class Files:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit code."""
-    rank = int(os.environ.get("RANK", 0))
+    rank = own_rank()
     set_up_messages(rank)
     with one_line_errors(rank) as outcome:
         (files, layout), _ = parse((Files, Layout), argv, DESCRIPTION)

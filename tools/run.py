@@ -5,7 +5,6 @@ Nothing is written before data and model are known to be good.
 
 import dataclasses
 import logging
-import os
 import time
 from collections import Counter
 from typing import Any
@@ -39,7 +38,7 @@ from mlora_tools.resumption import is_restart, warn_of_restarts
 from mlora_tools.setting import Setting
 from mlora_tools.start import Start
 from mlora_tools.weights_and_biases import open_wandb
-from parallel.launch import distributed
+from parallel.launch import distributed, environment
 from parallel.sizes import ParallelSizes
 from parallel.together import from_rank_zero, on_rank_zero, only_rank_zero, together
 
@@ -55,7 +54,8 @@ def finetune(arguments: Arguments) -> None:
     """
     base = Pretrained.open(arguments.inputs.model)
     sizes = arguments.layout.sizes(base.architecture.transformer["num_layers"])
-    arguments.check_division(sizes, int(os.environ.get("WORLD_SIZE", 1)))
+    _, world_size, _ = environment()
+    arguments.check_division(sizes, world_size)
     adapter = _adapter(arguments, base)
     with distributed(
         sizes,

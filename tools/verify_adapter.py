@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mlora_tools.arguments import Layout
 from mlora_tools.failure import one_line_errors
-from mlora_tools.messages import set_up_messages
+from mlora_tools.messages import own_rank, set_up_messages
 from mlora_tools.options import Help, UsageError, parse
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit code."""
-    rank = int(os.environ.get("RANK", 0))
+    rank = own_rank()
     set_up_messages(rank)
     with one_line_errors(rank) as outcome:
         (inputs, layout), _ = parse((Inputs, Layout), argv, DESCRIPTION)

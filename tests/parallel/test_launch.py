@@ -109,6 +109,12 @@ def test_the_world_is_divided_as_the_sizes_say() -> None:
     [
         ({"RANK": "0"}, {}, {}, "RANK set but WORLD_SIZE, LOCAL_RANK not: start with torchrun, or unset them all"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, {}, {}, "RANK, WORLD_SIZE set but LOCAL_RANK not"),
+        (
+            torchrun(0, 1) | {"RANK": ""},
+            {},
+            {},
+            "RANK is '', which is no number: start with torchrun, or unset RANK, WORLD",
+        ),
         (torchrun(1, 3), {"tensor": 2}, {}, "world size 3 does not fit tensor 2 x pipeline 1"),
         ({}, {"tensor": 2, "pipeline": 2}, {}, "world size 1 does not fit tensor 2 x pipeline 2 = 4"),
         ({}, {}, {"device": "gpu"}, 'device is \'gpu\'; it can be "cuda" or "cpu"'),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mlora_tools.messages import OURS, set_up_messages
+from mlora_tools.messages import OURS, own_rank, set_up_messages
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +40,13 @@ def test_levels_do_not_depend_on_what_ran_before(monkeypatch: pytest.MonkeyPatch
     others = [f"{name} {level}" for name in ("megatron.core", "another") for level in ("WARNING", "ERROR")]
     assert printed(monkeypatch, 0) == ours + others
     assert printed(monkeypatch, 1) == [line for line in ours + others if line.endswith("ERROR")]
+
+
+@pytest.mark.parametrize(("given", "rank"), [(None, 0), ("3", 3), ("", 0), ("first", 0)])
+def test_the_rank_of_a_wrong_environment_is_0_which_then_prints_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, rank: int
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    if given is not None:
+        monkeypatch.setenv("RANK", given)
+    assert own_rank() == rank

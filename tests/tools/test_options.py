@@ -132,6 +132,12 @@ def test_wrong_configuration_files_are_named(tmp_path: Path, file: str, text: st
     assert "\n" not in str(error.value)
 
 
+def test_a_configuration_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes("name: ä".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"c\.yaml: not readable as UTF-8"):
+        read("--config", tmp_path / "c.yaml")
+
+
 def test_a_missing_configuration_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"missing\.yaml"):
         read("--config", tmp_path / "missing.yaml")
