@@ -12,7 +12,7 @@ from typing import Any
 
 from mlora_tools.resumption import Resumption
 from mlora_tools.run_files import RunFiles
-from mlora_tools.text_file import write_text
+from mlora_tools.text_file import partial_of, write_text
 from parallel.errors import naming
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ class Output(RunFiles):
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"--output {self.path} is a file")
         self._check_writable()
-        has_content = self.path.exists() and any(self.path.iterdir())
+        # The first file of a run is all that a start leaves which was killed while it wrote that.
+        has_content = self.path.exists() and any(path != partial_of(self.config) for path in self.path.iterdir())
         if not resume:
             if has_content:
                 raise FileExistsError(

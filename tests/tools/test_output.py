@@ -37,6 +37,12 @@ def test_a_new_run_needs_an_empty_place(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_start_that_was_killed_while_it_wrote_its_first_file_is_no_run(tmp_path: Path, resume: bool) -> None:
+    (tmp_path / "config.json.partial").write_text("{")
+    assert Output(tmp_path).check(resume) is None
+
+
 def test_where_nothing_is_saved_a_resumed_run_starts_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
