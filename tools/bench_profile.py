@@ -23,6 +23,7 @@ _KINDS = {
     "_token_product": "ours: dA, dB alone",
     "_add_low_rank": "ours: dx + d A",
     "_norm_products": "ours: norm backward, dA",
+    "_correlation": "ours: norm backward, dA",
     "_norm_gradient": "ours: norm backward, dx",
     "_swiglu_backward": "ours: SwiGLU backward, dA, dB",
     "_pack": "ours: packing",

@@ -80,7 +80,6 @@ def _norm_products(
     x,
     norm_weight,
     rstd,
-    low,
     dA,
     normed,
     correlation,
@@ -113,14 +112,7 @@ def _norm_products(
         v = tl.load(x + base * x_stride + column[None, :], mask=valid, other=0.0).to(tl.float32) * factor * scale
         if correlate:
             dv = tl.load(g + base * (features + tail) + column[None, :], mask=valid, other=0.0).to(tl.float32)
-            product = tl.sum(dv * v, 1)
-            if columns == 0:
-                # Σ dv · v = Σ g · v + d · s, because (d A) · v = d · (v Aᵀ).
-                rank_valid = inside & (rank[None, :] < ranks)
-                d = tl.load(g + base * (features + tail) + features + rank[None, :], mask=rank_valid, other=0.0)
-                s = tl.load(low + base * tail + rank[None, :], mask=rank_valid, other=0.0)
-                product += tl.sum(d.to(tl.float32) * s.to(tl.float32), 1)
-            tl.store(correlation + columns * tokens + row, product, mask=row < tokens)
+            tl.store(correlation + columns * tokens + row, tl.sum(dv * v, 1), mask=row < tokens)
         if dense:
             tl.store(normed + base * features + column[None, :], v.to(x.dtype.element_ty), mask=valid)
         else:
@@ -133,6 +125,36 @@ def _norm_products(
     if not dense:
         at = (split * ranks + rank[:, None]) * features + column[None, :]
         tl.store(dA + at, total, mask=(rank[:, None] < ranks) & (column[None, :] < features))
+
+
+@triton.jit
+def _correlation(
+    parts,
+    g,
+    low,
+    out,
+    tokens,
+    columns,
+    features: tl.constexpr,
+    ranks: tl.constexpr,
+    tail: tl.constexpr,
+    block_t: tl.constexpr,
+    block_c: tl.constexpr,
+    block_r: tl.constexpr,
+):
+    row = tl.program_id(0) * block_t + tl.arange(0, block_t)
+    inside, base = row[:, None] < tokens, row.to(tl.int64)[:, None]
+    rank = tl.arange(0, block_r)
+    # Σ dv · v = Σ g · v + d · s, because (d A) · v = d · (v Aᵀ).
+    valid = inside & (rank[None, :] < ranks)
+    d = tl.load(g + base * (features + tail) + features + rank[None, :], mask=valid, other=0.0).to(tl.float32)
+    s = tl.load(low + base * tail + rank[None, :], mask=valid, other=0.0).to(tl.float32)
+    total = tl.sum(d * s, 1)
+    for start in range(0, columns, block_c):
+        column = start + tl.arange(0, block_c)
+        valid_parts = (column[:, None] < columns) & (row[None, :] < tokens)
+        total += tl.sum(tl.load(parts + column[:, None] * tokens + row[None, :], mask=valid_parts, other=0.0), 0)
+    tl.store(out + row, total, mask=row < tokens)
 
 
 @triton.jit
@@ -199,9 +221,9 @@ def norm_products(
     tokens, features = x.shape
     dense = is_dense(ranks, mask)
     block_r = max(16, triton.next_power_of_2(ranks))
-    tile = Tile(128, 64, 4, 3) if block_r <= 64 else Tile(64, 128, 8, 2) if block_r <= 256 else Tile(64, 64, 8, 2)
+    tile = Tile(64, 64, 4, 3) if block_r <= 64 else Tile(64, 128, 8, 2) if block_r <= 256 else Tile(64, 64, 8, 2)
     columns = triton.cdiv(features, tile.features)
-    splits, per_split = tile.splits(tokens, columns, 528)
+    splits, per_split = tile.splits(tokens, columns, 3 if block_r <= 64 else 1)
     dA = torch.empty(splits if not dense else 0, ranks, features, dtype=torch.float32, device=g.device)
     normed = x.new_empty(tokens if dense else 0, features)
     parts = torch.empty(columns if correlation is None else 0, tokens, dtype=torch.float32, device=g.device)
@@ -210,7 +232,6 @@ def norm_products(
         x,
         norm_weight,
         rstd,
-        low,
         dA,
         normed,
         parts,
@@ -232,7 +253,24 @@ def norm_products(
     )
     if dense:
         dA = dense_token_product(g[:, features : features + ranks], normed)
-    return dA, correlation if correlation is not None else parts.sum(0)
+    if correlation is None:
+        correlation = torch.empty(tokens, dtype=torch.float32, device=g.device)
+        _correlation[(triton.cdiv(tokens, 32),)](
+            parts,
+            g,
+            low,
+            correlation,
+            tokens,
+            columns,
+            features,
+            ranks,
+            g.shape[1] - features,
+            block_t=32,
+            block_c=32,
+            block_r=block_r,
+            num_warps=4,
+        )
+    return dA, correlation
 
 
 def norm_gradient(

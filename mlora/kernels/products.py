@@ -17,7 +17,7 @@ from mlora.kernels.tile import Tile
 
 # With more, a kernel's sums no longer fit its registers, and cuBLAS is faster although it needs what a kernel had at hand.
 _MANY_RANKS = 64
-_PROGRAMS = 264  # about; two for each of an H200's multiprocessors
+_PROGRAMS = 528  # about, of dropped_product: four for each of an H200's multiprocessors
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def token_product(
     block_r = max(16, triton.next_power_of_2(ranks))
     tile = Tile(64, 64, 4, 4) if block_r <= 64 else Tile(64, 128, 8, 3) if block_r <= 256 else Tile(64, 64, 8, 3)
     columns = triton.cdiv(features, tile.features)
-    splits, per_split = tile.splits(tokens, columns, _PROGRAMS)
+    splits, per_split = tile.splits(tokens, columns, 3 if block_r <= 64 else 1)
     partial = torch.empty(splits, ranks, features, dtype=torch.float32, device=wide.device)
     _token_product[(columns, splits)](
         low,
@@ -150,7 +150,7 @@ def dropped_product(v: torch.Tensor, lora_A: torch.Tensor, mask: Mask) -> torch.
     block_r = max(16, triton.next_power_of_2(tail))
     tile = Tile(64, 64, 4, 3) if block_r <= 64 else Tile(64, 64, 8, 2)
     rows = triton.cdiv(tokens, tile.tokens)
-    splits = max(1, min(2 * _PROGRAMS // rows, features // (4 * tile.features)))
+    splits = max(1, min(_PROGRAMS // rows, features // (4 * tile.features)))
     run = triton.cdiv(triton.cdiv(features, splits), tile.features) * tile.features
     splits = triton.cdiv(features, run)
     partial = torch.empty(splits, tokens, tail, dtype=torch.float32, device=v.device)

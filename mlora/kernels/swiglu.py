@@ -21,8 +21,7 @@ from mlora.kernels.products import dense_token_product, is_dense
 from mlora.kernels.tile import Tile
 
 # As measured best on an H200, at 8192 and at 1024 tokens.
-_TILE = Tile(32, 64, 4, 3)
-_PROGRAMS = 1792  # about
+_TILE, _DENSE_TILE = Tile(32, 64, 4, 3), Tile(32, 64, 4, 2)
 
 
 @triton.jit
@@ -82,17 +81,21 @@ def _swiglu_backward(
         up = tl.load(y + base * 2 * features + features + column[None, :], mask=valid, other=0.0).to(tl.float32)
         dv = tl.load(g + base * g_stride + column[None, :], mask=valid, other=0.0).to(tl.float32)
         part = sigmoid(gate)
-        # What is made of loaded values alone, Triton computes twice, for the stores and as the products want it; so not alone.
-        silu = tl.where(valid, gate * part, 0.0)
-        v = (silu * up).to(y.dtype.element_ty)
-        if dropout:
-            v = dropped(v, row, column, mask).to(y.dtype.element_ty)
-        if not complete:
+        silu = gate * part
+        # What v and dgate share, Triton would compute twice, in the layout of the loads and in that of the products: unless it is
+        # made of more than loaded values, and of the product d A where there is one.
+        if complete:
+            silu = tl.where(valid, silu, 0.0)
+        else:
             d_valid = inside & (rank[None, :] < ranks)
             product = tl.dot(tl.load(d + base * d_stride + rank[None, :], mask=d_valid, other=0.0), a)
+            silu += 0.0 * product
             if dropout:
                 product = dropped(product, row, column, mask)
             dv += product
+        v = (silu * up).to(y.dtype.element_ty)
+        if dropout:
+            v = dropped(v, row, column, mask).to(y.dtype.element_ty)
         # silu' = part · bend, and dgate · gate + dup · up = dup · up · (bend + 1).
         bend = 1.0 + gate - silu
         dup = dv * silu
@@ -147,9 +150,10 @@ def swiglu_backward(
     block_r = max(16, triton.next_power_of_2(ranks))
     block_s = max(16, triton.next_power_of_2(low_ranks))
     dense = is_dense(ranks, mask)
-    tile, programs = (_TILE, _PROGRAMS) if not dense else (Tile(32, 64, 4, 2), 2 * _PROGRAMS)
+    # By their registers.
+    tile, resident = (_DENSE_TILE, 7) if dense else (_TILE, 4 if block_r + 2 * block_s <= 80 and mask is None else 2)
     columns = triton.cdiv(features, tile.features)
-    splits, per_split = tile.splits(tokens, columns, programs)
+    splits, per_split = tile.splits(tokens, columns, resident)
     sums = splits if not dense else 0
     dA = torch.empty(sums, ranks, features, dtype=torch.float32, device=y.device)
     dB = torch.empty(sums, low_ranks, 2 * features, dtype=torch.float32, device=y.device)

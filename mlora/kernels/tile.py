@@ -1,6 +1,9 @@
 """How a kernel cuts its work, by measurement."""
 
+from functools import lru_cache
 from typing import NamedTuple
+
+_MULTIPROCESSORS = 132  # of an H100 or H200; a constant, so that every GPU adds up in the same order
 
 
 class Tile(NamedTuple):
@@ -17,9 +20,23 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
-    def splits(self, tokens: int, columns: int, programs: int) -> tuple[int, int]:
-        """(number of runs of tokens, tokens of a run) that make about ``programs`` programs of ``columns`` column tiles."""
-        # A run is long enough for its sums to be few beside what it reads.
-        wanted = max(1, min(-(-tokens // max(256, 2 * self.tokens)), -(-programs // columns)))
-        run = -(-tokens // (wanted * self.tokens)) * self.tokens
-        return -(-tokens // run), run
+    def splits(self, tokens: int, columns: int, resident: int) -> tuple[int, int]:
+        """(number of runs of tokens, tokens of a run) for programs of one run and one of ``columns`` column tiles each, of which a
+        multiprocessor holds ``resident`` at a time."""
+        return _splits(self.tokens, tokens, columns, resident)
+
+
+@lru_cache(maxsize=1024)
+def _splits(block: int, tokens: int, columns: int, resident: int) -> tuple[int, int]:
+    """The split whose last wave of programs is fullest, counting for each program the time to fill its pipeline."""
+    best = None
+    # A run is long enough for its sums to be few beside what it reads.
+    for wanted in range(1, max(1, tokens // max(256, 2 * block)) + 1):
+        run = -(-tokens // (wanted * block)) * block
+        splits = -(-tokens // run)
+        waves = -(-columns * splits // (_MULTIPROCESSORS * resident))
+        cost = waves * (run + 2 * block)
+        if best is None or cost < best[0]:
+            best = cost, splits, run
+    assert best is not None
+    return best[1:]
