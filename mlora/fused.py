@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from mlora.kernels.inputs import add_low_rank, norm_gradient, norm_products
 from mlora.kernels.mask import Mask
+from mlora.kernels.norm import norm_gradient, norm_products
 from mlora.kernels.operand import RMSNORM, SWIGLU, low_product, make_operand
-from mlora.kernels.products import is_dense, token_product
+from mlora.kernels.products import add_low_rank, is_dense, token_product
 from mlora.kernels.swiglu import swiglu_backward
 from mlora.linear import Geometry
 from mlora.packed import Packed

@@ -4,6 +4,7 @@
 |---|---|---|
 | token_product | ``Σ_t low[t] ⊗ v[t]``, in two stages: over a run of tokens, and over the runs | the gradients of A and B |
 | dropped_product | ``v Aᵀ``, of the dropped v | the low-rank columns under dropout |
+| add_low_rank | ``g + d A``, where ``[g \| d]`` = dy ``[W \| B]`` is one GEMM's result | the gradient of the input |
 
 Without dropout, cuBLAS does the second, and the first where there are many ranks.
 """
@@ -172,3 +173,61 @@ def dropped_product(v: torch.Tensor, lora_A: torch.Tensor, mask: Mask) -> torch.
         num_stages=tile.stages,
     )
     return partial.sum(0).to(v.dtype)
+
+
+@triton.jit
+def _add_low_rank(
+    g,
+    lora_A,
+    out,
+    tokens,
+    features: tl.constexpr,
+    ranks: tl.constexpr,
+    tail: tl.constexpr,
+    A_stride: tl.constexpr,
+    mask,
+    dropout: tl.constexpr,
+    block_t: tl.constexpr,
+    block_n: tl.constexpr,
+    block_r: tl.constexpr,
+):
+    row = tl.program_id(0) * block_t + tl.arange(0, block_t)
+    column = tl.program_id(1) * block_n + tl.arange(0, block_n)
+    rank = tl.arange(0, block_r)
+    inside, base = row[:, None] < tokens, row.to(tl.int64)[:, None]
+    valid = inside & (column[None, :] < features)
+    d = tl.load(
+        g + base * (features + tail) + features + rank[None, :], mask=inside & (rank[None, :] < ranks), other=0.0
+    )
+    a_valid = (rank[:, None] < ranks) & (column[None, :] < features)
+    a = tl.load(lora_A + rank[:, None] * A_stride + column[None, :], mask=a_valid, other=0.0)
+    low = tl.dot(d, a)
+    if dropout:
+        low = dropped(low, row, column, mask)
+    v = tl.load(g + base * (features + tail) + column[None, :], mask=valid, other=0.0).to(tl.float32)
+    tl.store(out + base * features + column[None, :], (v + low).to(out.dtype.element_ty), mask=valid)
+
+
+def add_low_rank(g: torch.Tensor, lora_A: torch.Tensor, mask: Mask | None = None) -> torch.Tensor:
+    """``g[:, :N] + g[:, N : N + R] A``, contiguous [T, N]; g [T, N + p], A [R, N]. Moves 2·T·N elements."""
+    (tokens, width), (ranks, features) = g.shape, lora_A.shape
+    out = g.new_empty(tokens, features)
+    tile = Tile(64, 128, 4, 1)
+    _add_low_rank[(triton.cdiv(tokens, tile.tokens), triton.cdiv(features, tile.features))](
+        g,
+        lora_A,
+        out,
+        tokens,
+        features,
+        ranks,
+        width - features,
+        lora_A.stride(0),
+        (mask or Mask.none()).arguments(),
+        dropout=mask is not None,
+        block_t=tile.tokens,
+        block_n=tile.features,
+        block_r=max(16, triton.next_power_of_2(ranks)),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mlora.dropout import Dropout
-from mlora.kernels.inputs import add_low_rank, norm_gradient, norm_products
 from mlora.kernels.mask import Mask
+from mlora.kernels.norm import norm_gradient, norm_products
 from mlora.kernels.operand import COPY, RMSNORM, SWIGLU, make_operand
-from mlora.kernels.products import token_product
+from mlora.kernels.products import add_low_rank, token_product
 from mlora.kernels.swiglu import swiglu_backward
 
 TOKENS, EPS = 1536, 1e-5
