@@ -6,9 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from mlora.forward import on_device, run_model
+from mlora.forward import evaluating, on_device, run_model, run_schedule
 from parallel.stages import as_chunks
 
 Model = torch.nn.Module | Sequence[torch.nn.Module]
@@ -28,25 +27,9 @@ def log_probs(model: Model, micro_batches: Sequence[Mapping[str, Any]]) -> list[
     chunks = as_chunks(model)
     if not micro_batches:
         return []
-    rows, length = micro_batches[0]["tokens"].shape
-    modes = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    try:
-        found = get_forward_backward_func()(
-            forward_step_func=_forward_step,
-            data_iterator=[iter(micro_batches) for _ in chunks] if len(chunks) > 1 else iter(micro_batches),
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=len(micro_batches),
-            seq_length=length,
-            micro_batch_size=rows,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    finally:
-        for chunk, mode in zip(chunks, modes, strict=True):
-            chunk.train(mode)
-    return list(found)
+    shape = micro_batches[0]["tokens"].shape
+    with evaluating(chunks):
+        return run_schedule(_forward_step, chunks, micro_batches, shape, forward_only=True, collect_non_loss_data=True)
 
 
 def on_every_stage(found: Sequence[torch.Tensor], micro_batches: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:

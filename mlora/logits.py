@@ -6,8 +6,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from mlora.forward import evaluating, run_schedule
 
 
 @torch.no_grad()
@@ -35,21 +36,10 @@ def whole_logits(
     if rows % micro_batch_size:
         raise ValueError(f"{rows} sequences do not divide by a micro batch size of {micro_batch_size}")
     batches = list(torch.split(tokens.to(device), micro_batch_size))
-    modes = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    found = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
-        model=list(chunks) if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(batches),
-        seq_length=length,
-        micro_batch_size=micro_batch_size,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    for chunk, mode in zip(chunks, modes, strict=True):
-        chunk.train(mode)
+    with evaluating(chunks):
+        found = run_schedule(
+            _forward_step, chunks, batches, (micro_batch_size, length), forward_only=True, collect_non_loss_data=True
+        )
     config: Any = chunks[0].config
     if found:
         logits = torch.cat([part[..., :vocab_size] for part in found]).contiguous()

@@ -17,13 +17,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from mlora.attach import banks
 from mlora.copies import copied_modules
 from mlora.embedding import EmbeddingAdapter
-from mlora.forward import on_device, run_model
+from mlora.forward import evaluating, on_device, run_model, run_schedule
 from mlora.objective import MicroBatches, Objective, Totals
 from mlora.sft.objective import Sft
 from parallel.optimizer import allocate_adam_state
@@ -155,26 +154,13 @@ class Trainer:
     def evaluate(self, micro_batches: MicroBatches) -> Totals:
         """The sums of one global batch, without dropout."""
         micro_batches = self.objective.prepare(self.chunks, micro_batches)
-        for chunk in self.wrapped:
-            chunk.eval()
-        try:
+        with evaluating(self.wrapped):
             return self._run(micro_batches, 0, forward_only=True)
-        finally:
-            for chunk in self.wrapped:
-                chunk.train()
 
     def _run(self, micro_batches: MicroBatches, iteration: int, forward_only: bool) -> Totals:
-        rows, length = micro_batches[0]["tokens"].shape
-        iterators = [iter(micro_batches) for _ in self.wrapped]
-        reports = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, objective=self.objective, iteration=iteration),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.wrapped if len(self.wrapped) > 1 else self.wrapped[0],
-            num_microbatches=len(micro_batches),
-            seq_length=length,
-            micro_batch_size=rows,
-            forward_only=forward_only,
-        )
+        step = partial(_forward_step, objective=self.objective, iteration=iteration)
+        shape = micro_batches[0]["tokens"].shape
+        reports = run_schedule(step, self.wrapped, micro_batches, shape, forward_only=forward_only)
         return _sum_over_ranks(reports, self.objective)
 
 
