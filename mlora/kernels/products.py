@@ -4,7 +4,7 @@
 |---|---|---|
 | token_product | ``Σ_t low[t] ⊗ v[t]``, in two stages: over a run of tokens, and over the runs | the gradients of A and B |
 | dropped_product | ``v Aᵀ``, of the dropped v | the low-rank columns under dropout |
-| add_low_rank | ``g + d A``, where ``[g \| d]`` = dy ``[W \| B]`` is one GEMM's result | the gradient of the input |
+| add_low_rank | ``g + d A``, where ``[g \\| d]`` = dy ``[W \\| B]`` is one GEMM's result | the gradient of the input |
 
 Without dropout, cuBLAS does the second, and the first where there are many ranks.
 """
