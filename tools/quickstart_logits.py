@@ -47,8 +47,7 @@ def write_logits(files: Files, layout: Layout) -> None:
         from safetensors.torch import load_file, save_file
 
         import mlora
-        from mlora.checkpoint import load_checkpoint
-        from mlora.description import CONFIG_FILE, latest_checkpoint
+        from mlora.description import latest_checkpoint
         from mlora.logits import whole_logits
         from mlora.model import build_model
         from mlora.pretrained import Pretrained
@@ -57,13 +56,11 @@ def write_logits(files: Files, layout: Layout) -> None:
 
     base = Pretrained.open(files.base)
     checkpoint = latest_checkpoint(files.checkpoints)
-    config = mlora.LoraConfig.from_json(checkpoint / CONFIG_FILE)
     tokens = load_file(files.tokens)["tokens"]
     sizes = layout.sizes(base.architecture.transformer["num_layers"])
     with distributed(sizes, backend=layout.distributed_backend, timeout_minutes=layout.distributed_timeout_minutes):
         chunks = build_model(base, sizes, seq_length=tokens.shape[1])
-        mlora.apply(chunks, config, family=base.family)
-        load_checkpoint(checkpoint, chunks)
+        mlora.load_adapter(chunks, checkpoint, base=base)
         logits = whole_logits(chunks, tokens, base.architecture.vocab_size)
         on_rank_zero(lambda: save_file({"logits": logits.float().cpu()}, files.output))
         if dist.get_rank() == 0:

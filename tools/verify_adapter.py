@@ -181,18 +181,11 @@ def attach(state: AdapterState, base: Pretrained, chunks: list[torch.nn.Module])
     import torch
 
     import mlora
-    from mlora.checkpoint import load_checkpoint
-    from mlora.conversion.importing import plan_import
-    from mlora.description import read_lora_config
-    from mlora.imported import load_import
+    from mlora.saved import SavedAdapter
 
-    plan = plan_import(state, base) if state.format == "peft" else None
-    config = plan.config if plan else read_lora_config(state.source)
-    mlora.apply(chunks, replace(config, adapter_dtype=torch.float32), family=base.family)
-    if plan:
-        load_import(plan, chunks)
-    else:
-        load_checkpoint(state.source, chunks)
+    saved = SavedAdapter.open(state.source, base)
+    mlora.apply(chunks, replace(saved.config, adapter_dtype=torch.float32), family=base.family)
+    saved.load(chunks)
 
 
 def peft_logits(

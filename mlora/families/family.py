@@ -123,19 +123,8 @@ class Family:
         together = [name for name, held in parts.items() if held.name == parts[part].name]
         return sum(counts[name] for name in together[: together.index(part)]), counts[part]
 
-    def megatron_name(self, hf_module: str) -> tuple[str, str]:
-        """(Megatron module, part) of a Hugging Face module, by full paths: the inverse of :meth:`hf_name`.
-
-        Raises:
-            ValueError: the family has no such module, or it holds several parts.
-        """
-        module, parts = self.megatron_parts(hf_module)
-        if len(parts) > 1:
-            raise ValueError(f"{hf_module} holds several parts of {module}: {', '.join(parts)}")
-        return module, parts[0]
-
     def megatron_parts(self, hf_module: str) -> tuple[str, tuple[str, ...]]:
-        """(Megatron module, its parts in order of their rows) of a Hugging Face module, by full paths.
+        """(Megatron module, its parts in order of their rows) of a Hugging Face module, by full paths: :meth:`hf_name`'s inverse.
 
         Raises:
             ValueError: the family has no such module.

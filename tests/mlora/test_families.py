@@ -103,8 +103,6 @@ def test_names_lead_there_and_back(family: Family) -> None:
             megatron_name, together = family.megatron_parts(hf_name)
             assert megatron_name == name and part in together
             assert [family.hf_name(name, other) for other in together] == [hf_name] * len(together)
-            if len(together) == 1:
-                assert family.megatron_name(hf_name) == (name, part)
 
 
 def test_rows_of_fused_modules() -> None:
@@ -117,21 +115,19 @@ def test_rows_of_fused_modules() -> None:
     assert [PHI3.rows(architecture, qkv, part) for part in "qkv"] == [(0, 32), (32, 16), (48, 16)]
     assert [PHI3.rows(architecture, fc1, part) for part in ("gate", "up")] == [(0, 48), (48, 48)]
     assert [LLAMA.rows(LLAMA.architecture(SHAPE), qkv, part) for part in "qkv"] == [(0, 32), (0, 16), (0, 16)]
-    with pytest.raises(ValueError, match=r"qkv_proj holds several parts of .*linear_qkv: q, k, v"):
-        PHI3.megatron_name("model.layers.2.self_attn.qkv_proj")
 
 
 def test_names_of_llama() -> None:
     assert LLAMA.hf_name("decoder.layers.3.self_attention.linear_qkv", "v") == "model.layers.3.self_attn.v_proj"
     assert LLAMA.hf_name("decoder.layers.3.mlp.linear_fc2") == "model.layers.3.mlp.down_proj"
-    assert LLAMA.megatron_name("model.layers.10.mlp.up_proj") == ("decoder.layers.10.mlp.linear_fc1", "up")
+    assert LLAMA.megatron_parts("model.layers.10.mlp.up_proj") == ("decoder.layers.10.mlp.linear_fc1", ("up",))
     for wrong in ("decoder.layers.3.self_attention.linear_q_proj", "decoder.layers.x.mlp.linear_fc2", "x.output_layer"):
         with pytest.raises(ValueError, match="no module of the llama family"):
             LLAMA.hf_name(wrong)
     with pytest.raises(ValueError, match=r"linear_qkv \(up\) is no module"):
         LLAMA.hf_name("decoder.layers.3.self_attention.linear_qkv", "up")
     with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp is no module of the llama family"):
-        LLAMA.megatron_name("model.layers.3.mlp")
+        LLAMA.megatron_parts("model.layers.3.mlp")
 
 
 def test_names_without_a_family_are_llamas() -> None:
@@ -382,7 +378,7 @@ def test_a_counter_of_its_own_numbers_a_second_list() -> None:
     assert len(family.tensors(architecture)) == LAYERS * 3
     name = "decoder.layers.2.mlp.experts.local_experts.1.linear_fc2"
     assert family.hf_name(name) == "model.layers.2.mlp.experts.1.down_proj"
-    assert family.megatron_name("model.layers.2.mlp.experts.1.down_proj") == (name, "whole")
+    assert family.megatron_parts("model.layers.2.mlp.experts.1.down_proj") == (name, ("whole",))
 
 
 def test_published_configurations_are_read() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from mlora import imported
 from mlora.conversion import open_adapter
 from mlora.conversion.importing import plan_import
 from mlora.conversion.merge import merge
 from mlora.conversion.native_writer import write_import
 from mlora.pretrained import Pretrained
+from mlora.saved import SavedAdapter
 from mlora_tools.verify_adapter import Row, judge, main
 from tests.mlora.conversion.adapters import write_peft
 from tests.tools.runs import Finished, Ranks, write_base
@@ -104,7 +104,7 @@ def test_an_adapter_that_does_nothing_fails(files: Files, tmp_path: Path) -> Non
 
 
 def _load_nothing() -> None:
-    imported.load_import = lambda plan, model: None
+    SavedAdapter.load = lambda self, model: None  # type: ignore[method-assign, assignment, misc]
 
 
 def test_an_adapter_that_is_not_loaded_here_fails(files: Files, tmp_path: Path) -> None:
