@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, PersistentAsyncCaller
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from parallel.optimizer import allocate_adam_state, saveable
@@ -36,7 +37,7 @@ STEPS = """
 @contextlib.contextmanager
 def training_on_cpu(argv: Sequence[str]) -> Iterator[None]:
     """This rank as a process that was started with these arguments."""
-    from megatron.training import arguments, training
+    from megatron.training import arguments, initialize, training
 
     ranks = {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
     without_cuda = partial(training.initialize_megatron, allow_no_cuda=True)
@@ -48,11 +49,31 @@ def training_on_cpu(argv: Sequence[str]) -> Iterator[None]:
         mock.patch.object(torch._dynamo.config, "disable", True),
         mock.patch.object(training.sys, "exit", _leave),
         mock.patch.object(training, "get_megatron_optimizer", _ready(training.get_megatron_optimizer)),
+        mock.patch.object(initialize, "init_persistent_async_worker", _fork_writer),
+        mock.patch.object(PersistentAsyncCaller, "async_loop", staticmethod(_write_on_cpu)),
     ):
         try:
             yield
         finally:
+            if AsyncCallsQueue._persistent_caller is not None:
+                AsyncCallsQueue._persistent_caller.close()
             end_writers()
+
+
+_write = PersistentAsyncCaller.async_loop
+
+
+def _write_on_cpu(*args: Any, **kwargs: Any) -> None:
+    """The process that writes checkpoints asynchronously; it asks for a GPU and does not use it."""
+    with mock.patch.object(torch.cuda, "device_count", lambda: 1), mock.patch.object(torch.cuda, "set_device"):
+        _write(*args, **kwargs)
+
+
+def _fork_writer(rank: int, mp_mode: str) -> None:
+    """A forked process has what is answered for the CPU."""
+    from megatron.training import async_utils
+
+    async_utils.init_persistent_async_worker(rank, "fork")
 
 
 def _ready(make: Callable[..., Any]) -> Callable[..., Any]:

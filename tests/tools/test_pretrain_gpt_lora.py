@@ -35,6 +35,8 @@ from tests.tools.megatron_scripts import MODEL, STEPS, run_script, training_on_c
 ROOT = Path(__file__).parents[2]
 ITERATIONS, ROWS, MICRO_ROWS = 4, 8, 2  # as STEPS says
 LORA = ["--lora-rank", "4", "--lora-alpha", "8", "--lora-dropout", "0.1"]
+# Without the worker Megatron saves synchronously after all.
+ASYNCHRONOUS = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
 RESHARDABLE = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
 
 main = pretrain_gpt_lora.main
@@ -98,16 +100,25 @@ def test_every_layout_gives_the_same_numbers(
         (
             {"size": 2, "pipeline": 2, "virtual": 2},
             {"size": 2},
-            [*RESHARDABLE, "--async-save", "--async-strategy", "mcore"],
+            [*RESHARDABLE, *ASYNCHRONOUS],
         ),
     ],
     ids=["TP1", "TP2-PP2", "PP2xVPP2-DP2"],
 )
 def test_a_run_that_stops_goes_on(
-    base: str, straight: Any, stopped: Any, resumed: Any, options: list[str], tmp_path: Path
+    base: str,
+    straight: Any,
+    stopped: Any,
+    resumed: Any,
+    options: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     arguments = ["--pretrained-checkpoint", base, "--save", str(tmp_path), "--load", str(tmp_path), *LORA, *options]
     ranks = run_script(main, *arguments, "--exit-interval", "2", **stopped)
+    assert ("scheduled an async checkpoint save at iteration       2" in capfd.readouterr().out) == (
+        "--async-save" in options
+    )
     _same_steps(ranks[-1], straight[0], [1, 2])
     ranks = run_script(main, *arguments, **resumed)
     _same_steps(ranks[-1], straight[0], [3, 4])
