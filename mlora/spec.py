@@ -52,9 +52,14 @@ def layer_spec(family: Family, config: TransformerConfig, transformer_impl: Tran
 
 
 def fused_norm(linear: str) -> tuple[str, str]:
-    """(path of the layer, name in it) of the norm that Transformer Engine has taken into a linear, given by its full path."""
-    path = next(path for path in FUSED_NORMS if linear.endswith(f".{path}"))
-    return linear.removesuffix(f".{path}"), FUSED_NORMS[path]
+    """(path of its block, name in it) of the norm that Transformer Engine has taken into a linear, given by its full path.
+
+    That of a linear which no norm of the local spec stands in front of has the name ``layer_norm`` in the linear.
+    """
+    for path, norm in FUSED_NORMS.items():
+        if linear.endswith(f".{path}"):
+            return linear.removesuffix(f".{path}"), norm
+    return linear, "layer_norm"
 
 
 def final_norm(transformer_impl: TransformerImpl) -> Any:
