@@ -45,6 +45,11 @@ def check_supported(module: torch.nn.Module, layout: LinearLayout, lora: LoraCon
             f"{layout.name}: a {type(module).__name__} multiplies with its weight by itself, where a low-rank term would be ignored"
         )
     config: Any = module.config
+    if lora.lora_dropout > 0 and config.context_parallel_size > 1:
+        raise ValueError(
+            f"{layout.name}: a lora_dropout of {lora.lora_dropout} does not go with context parallelism, of which the masks do not "
+            f"know which tokens a rank holds; set lora_dropout to 0"
+        )
     if not is_local(module) and lora.use_dora and lora.lora_dropout > 0:
         raise ValueError(
             f"{layout.name}: DoRA with a lora_dropout of {lora.lora_dropout} needs a second product with the base weight, which "

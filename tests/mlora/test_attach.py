@@ -385,6 +385,19 @@ def test_rows_that_mean_others_at_another_tensor_parallel_size_are_refused(layou
     at(layout, with_in_proj)
 
 
+def with_context_parallelism(rank: int, sizes: ParallelSizes) -> None:
+    """It needs Transformer Engine's attention: here the configuration alone says it."""
+    chunks = gpt.build(sizes)
+    chunks[0].config.context_parallel_size = 2
+    with pytest.raises(ValueError, match=r"a lora_dropout of 0\.1 does not go with context parallelism"):
+        mlora.apply(chunks, LoraConfig(lora_dropout=0.1))
+    mlora.apply(chunks, LoraConfig())
+
+
+def test_masks_that_would_repeat_over_the_pieces_of_a_sequence_are_refused() -> None:
+    at("one", with_context_parallelism)
+
+
 def of_no_family(rank: int, sizes: ParallelSizes) -> tuple[str, str]:
     """The messages where the last stage alone has a linear, or another module, that the family does not know."""
     chunks = gpt.build(sizes, experts=2, expert_layers=[3])
