@@ -173,7 +173,7 @@ def _complete(dy: torch.Tensor, packed: Packed) -> tuple[torch.Tensor, torch.Ten
     out, features = packed.base.shape
     wide = dy.new_empty(dy.shape[0], out + packed.tail)
     wide[:, :out] = dy
-    wide[:, out:] = dy @ packed.weight[:, features:]
+    torch.mm(dy, packed.weight[:, features:], out=wide[:, out:])
     return wide @ packed.upright, wide[:, out : out + packed.ranks]
 
 

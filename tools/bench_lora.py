@@ -76,13 +76,17 @@ def layer_rows(tokens: int, rounds: int) -> dict[str, float]:
 def graph_rows(rounds: int) -> dict[str, float]:
     """With CUDA graphs, where nothing waits for the CPU: few tokens, many, and one rank's piece at tensor parallel 8."""
     rows: dict[str, float] = {}
-    for name, shards, tokens in (("1024 tokens", 1, 1024), ("8192 tokens", 1, 8192), ("TP 8 shard shapes", 8, 8192)):
-        steps = {
-            kind: graphed(layer_step(prepared(Layer(shards), lora), tokens))
-            for kind, lora in (("frozen", None), ("LoRA", adapter(16)))
-        }
+    cases = (
+        ("1024 tokens", 1, 1024, (16,)),
+        ("8192 tokens", 1, 8192, (16, 64, 128)),
+        ("TP 8 shard shapes", 8, 8192, (16,)),
+    )
+    for name, shards, tokens, ranks in cases:
+        steps = {"frozen": graphed(layer_step(prepared(Layer(shards), None), tokens))}
+        steps |= {f"r {rank}": graphed(layer_step(prepared(Layer(shards), adapter(rank)), tokens)) for rank in ranks}
         times = medians(steps, rounds, inner=4, ahead_ms=1.0)
-        rows[f"layer, {name}, CUDA graph, LoRA r 16"] = times["LoRA"] / times["frozen"]
+        for rank in ranks:
+            rows[f"layer, {name}, CUDA graph, LoRA r {rank}"] = times[f"r {rank}"] / times["frozen"]
     return rows
 
 
@@ -94,20 +98,20 @@ def shard_rows(rounds: int) -> dict[str, float]:
 
 
 def linear_rows(tokens: int, rounds: int) -> dict[str, float]:
-    """Each linear alone: ratios to frozen, and relative errors against float32, ours and the plain order's."""
+    """Each linear alone, in CUDA graphs: ratios to frozen, and relative errors against float32, ours and the plain order's."""
     frozen, adapted = (linears(prepared(Layer(), lora).decoder.layers[0]) for lora in (None, adapter(16)))  # type: ignore[union-attr,index]
     plain = linears(prepared(Layer(), adapter(16)).decoder.layers[0])  # type: ignore[union-attr,index]
     rows: dict[str, float] = {}
     for name, linear in adapted.items():
         given = inputs(linear, tokens, INPUTS)
         steps = {
-            "frozen": linear_step(frozen[name], *given),
-            "ours": linear_step(linear, *given),
-            "plain": in_plain_torch(linear_step(plain[name], *given)),
+            "frozen": graphed(linear_step(frozen[name], *given)),
+            "ours": graphed(linear_step(linear, *given)),
+            "plain": graphed(in_plain_torch(linear_step(plain[name], *given))),
         }
-        times = medians(steps, rounds, inner=8)
-        rows[f"{name}, LoRA r 16"] = times["ours"] / times["frozen"]
-        rows[f"{name}, plain torch, r 16"] = times["plain"] / times["frozen"]
+        times = medians(steps, rounds, inner=8, ahead_ms=1.0)
+        rows[f"{name}, CUDA graph, LoRA r 16"] = times["ours"] / times["frozen"]
+        rows[f"{name}, CUDA graph, plain torch, r 16"] = times["plain"] / times["frozen"]
         for kind, (ours, theirs) in errors(linear, 1024).items():
             rows[f"{name}, error of {kind}, ours"] = ours
             rows[f"{name}, error of {kind}, plain bf16"] = theirs
