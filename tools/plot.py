@@ -7,12 +7,13 @@ from typing import Any
 from mlora_tools.charts import smoothed
 
 
-def plot_losses(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, unit: str) -> None:
     """Draw training loss (each step, and smoothed) and evaluation loss over the iterations.
 
     Args:
         records: of ``metrics.jsonl``.
         path: of the PNG.
+        unit: what the loss is a mean over.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     evaluations = [(record["iteration"], record["eval_loss"]) for record in records if "eval_loss" in record]
     if evaluations:
         axes.plot(*zip(*evaluations, strict=True), "o-", color="tab:orange", markersize=4, label="evaluation")
-    axes.set(xlabel="iteration", ylabel="loss [nats / target token]")
+    axes.set(xlabel="iteration", ylabel=f"loss [nats / {unit}]")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

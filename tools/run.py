@@ -182,7 +182,7 @@ def _conclude(loop: Loop, output: Output) -> None:
     """On rank 0: the loss curve, and the exported adapter or how to go on."""
     if loop.metrics:
         loop.metrics.close()
-        plot_losses(loop.metrics.records, output.plot)
+        plot_losses(loop.metrics.records, output.plot, loop.trainer.objective.unit)
     if loop.finished:
         adapter = open_adapter(latest_checkpoint(output.checkpoints))
         profile = "portable" if adapter.is_plain else "peft"
