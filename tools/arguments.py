@@ -202,6 +202,8 @@ class Schedule:
         check_at_least(1, self, "lr_decay_iters")
         if self.min_lr > self.lr:
             raise UsageError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
+        if self.min_lr and self.lr_decay_style == "constant":
+            raise UsageError(f"--min-lr {self.min_lr} goes with another --lr-decay-style than constant")
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1:
                 raise UsageError(f"{flag(name)} {getattr(self, name)} must be below 1")
@@ -258,6 +260,9 @@ class Arguments:
         parsed, given = parse(groups, argv, DESCRIPTION)
         inputs, objective, layout, batches, implementation, schedule, lora, reports = parsed
         objective.check(given, batches.packing)
+        for name in ("eval_interval", "eval_iters"):
+            if name in given and not inputs.eval_data:
+                raise UsageError(f"{flag(name)} goes with --eval-data")
         if implementation.fp8_format and not batches.bf16:
             raise UsageError("--fp8-format needs --bf16")
         twice = sorted(given & set(Lora.__dataclass_fields__) - {"lora_config"})
