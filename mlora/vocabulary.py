@@ -69,7 +69,8 @@ class Scale:
 
     def __call__(self, module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         """[s, b, h] -> the same."""
-        return output * torch.tensor(self._factor, dtype=output.dtype, device=output.device)
+        # As a plain number: a tensor would have to be sent to the GPU, which waits, and no graph could hold it.
+        return output * torch.tensor(self._factor, dtype=output.dtype).item()
 
 
 class CapLogits:
