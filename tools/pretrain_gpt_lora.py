@@ -23,12 +23,18 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import broadcast_data
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args, get_timers, get_tokenizer, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from mlora.megatron import add_lora_args, pre_wrap_hook
+
+try:
+    from megatron.training import get_args, get_timers, get_tokenizer, pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+except ImportError as error:
+    raise SystemExit(
+        f"error: {error}: this needs megatron-core 0.18 or newer, whose wheels are for Python 3.12"
+    ) from None
 
 
 def get_batch(data: Iterator[dict[str, torch.Tensor]] | None) -> dict[str, torch.Tensor]:

@@ -130,3 +130,11 @@ print([name for name in sys.modules if name.startswith("megatron")])
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_script_of_megatrons_says_which_megatron_it_needs() -> None:
+    hidden = "import runpy, sys; sys.modules['megatron.training'] = None; runpy.run_path('tools/pretrain_gpt_lora.py')"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", hidden], cwd=ROOT, capture_output=True, text=True)
+    *_, line = done.stderr.splitlines()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert line.startswith("error: ") and "megatron.training" in line and "megatron-core 0.18 or newer" in line
