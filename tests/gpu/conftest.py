@@ -16,3 +16,24 @@ def one_rank() -> Iterator[None]:
 
     with distributed(ParallelSizes()):
         yield
+
+
+def leave_the_world() -> None:
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def no_world() -> Iterator[None]:
+    """The trainer forms a world of its own: this process leaves the tests' one, and forms it anew."""
+    from parallel.launch import distributed
+    from parallel.sizes import ParallelSizes
+
+    leave_the_world()
+    yield
+    leave_the_world()  # If the trainer has failed.
+    distributed(ParallelSizes()).__enter__()  # Which the fixture of the whole session ends.

@@ -1,19 +1,15 @@
 """DPO on Transformer Engine's layers: against PEFT and the published formula, Megatron's local layers, and by command line."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from mlora import LoraConfig
 from mlora.te import ways
-from parallel.launch import distributed
-from parallel.sizes import ParallelSizes
 from tests.gpu.test_training import BF16, FULL, ONE, TE, Off, much_worse, worst
 from tests.mlora.conversion.adapters import write_peft as write_with_peft
 from tests.mlora.dpo.test_objective import PAIRS, batch_of, formula, plan, train_run
@@ -106,7 +102,7 @@ def test_training_is_pefts_with_the_published_loss(folder: Path, exact: Callable
 def test_in_bfloat16_it_is_as_exact_as_on_local_layers(
     folder: Path, exact: Callable[[str], Trained], name: str
 ) -> None:
-    """The named reference is an adapter of float32, which is not fused: at each step the weights leave their buffers and return."""
+    """The named reference is an adapter of float32, which is not fused and runs on the weights in their buffers."""
     case, reference = RUNS[name].case, exact(name)
     ours, theirs = (
         train_pairs(folder, replace(RUNS[name], case=replace(case, overrides={**case.overrides, **BF16, **changes})))
@@ -134,21 +130,6 @@ def test_the_reference_is_the_policy_where_the_adapter_adds_nothing(folder: Path
     trained = train_pairs(folder, Dpo(case, beta=0.1))
     assert trained.run.losses[0] == pytest.approx(0.693147, abs=2e-3)
     assert abs(trained.metrics[0]["reward_margin"]) < 4e-3
-
-
-def leave_the_world() -> None:
-    if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-
-
-@pytest.fixture
-def no_world() -> Iterator[None]:
-    """The trainer forms a world of its own: this process leaves the tests' one, and forms it anew."""
-    leave_the_world()
-    yield
-    leave_the_world()  # If the trainer has failed.
-    distributed(ParallelSizes()).__enter__()  # Which the fixture of the whole session ends.
 
 
 def test_the_command_line_trains_on_pairs(folder: Path, tmp_path: Path, no_world: None) -> None:
