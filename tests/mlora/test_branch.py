@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from mlora.adapter import LinearAdapter
 from mlora.branch import LoraBranch
-from mlora.dropout import set_micro_batch
+from mlora.dropout import Dropout, set_micro_batch
 from mlora.linear import Geometry
+from parallel.layout import WHOLE, LinearLayout, Segment
 from parallel.sizes import ParallelSizes
 from tests.mlora.test_linear import LAYOUTS, STEP, TOKENS, build, cases, local_input, random, relative
 from tests.ranks import run_ranks
@@ -53,3 +55,44 @@ def test_every_tensor_equals_that_of_the_term_inside(sizes: ParallelSizes) -> No
     for found in run_ranks(sizes.tensor, errors, sizes, sizes=sizes):
         worst = max(found, key=lambda name: found[name])
         assert found[worst] < 1e-12, (worst, found[worst])
+
+
+def replicated(rank: int, sizes: ParallelSizes) -> dict[str, float]:
+    """Errors of the term beside a linear that every rank holds whole, from that of one process that has all tokens."""
+    set_micro_batch(STEP)
+    length, rows, ins, outs, r = 12, 2, 6, 10, 3
+    A, B = (random(name, *shape).requires_grad_() for name, shape in (("A", (r, ins)), ("B", (outs, r))))
+    x, dy = random("x", length, rows, ins), random("dy", length, rows, outs)
+    layout = LinearLayout(
+        name="linear_kv_down_proj",
+        in_features=ins,
+        out_features=outs,
+        partition_dim=None,
+        group=parallel_state.get_tensor_model_parallel_group(),
+        sequence_parallel=sizes.sequence_parallel,
+        expert=False,
+        parts=((WHOLE, outs),),
+        segments=(Segment(WHOLE, 0, outs),),
+    )
+    mask = Dropout.of(0.3, 1, layout.name, length)
+    whole = x.clone().requires_grad_()
+    y = mask(whole) @ A.T @ B.T
+    expected = [y, *torch.autograd.grad(y, (whole, A, B), dy)]
+    count = length // sizes.tensor if sizes.sequence_parallel else length
+    mine = slice(rank * count, (rank + 1) * count) if sizes.sequence_parallel else slice(None)
+    piece = x[mine].clone().requires_grad_()
+    z = LoraBranch.apply(piece, A, B, Geometry.of(layout, mask))
+    found = [z, *torch.autograd.grad(z, (piece, A, B), dy[mine])]
+    if sizes.sequence_parallel:
+        for gradient in found[2:]:
+            torch.distributed.all_reduce(gradient, group=layout.group)
+    wanted = [expected[0][mine], expected[1][mine], *expected[2:]]
+    return {
+        name: relative(ours, theirs) for name, ours, theirs in zip(("y", "dx", "dA", "dB"), found, wanted, strict=True)
+    }
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
+def test_beside_a_replicated_linear_each_rank_has_its_own_tokens(sizes: ParallelSizes) -> None:
+    for found in run_ranks(sizes.tensor, replicated, sizes, sizes=sizes):
+        assert max(found.values()) < 1e-12, found
