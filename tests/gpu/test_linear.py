@@ -53,7 +53,7 @@ def test_with_the_adapter_off_the_base_is_what_it_was(name: str, dtype: torch.dt
     run(linear, dtype)
     linear.lora.active = None
     errors = relative(run(linear, dtype), expected)
-    # The fused way's GEMM is another one, over a wider buffer.
+    # The fused way's GEMM is another one, on a view into the buffer.
     assert max(errors.values()) <= {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 0.0}[dtype]
 
 
