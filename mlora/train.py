@@ -132,9 +132,15 @@ class Trainer:
             iteration: of the optimizer, from 0; keys the dropout masks.
 
         Raises:
+            ValueError: the model's config does not tell Megatron's schedules to sum the gradients over the ranks.
             FloatingPointError: the loss is not finite, and the weights have not changed; or the gradient norm is not, and they
                 are lost. On every rank alike.
         """
+        config: Any = self.chunks[0].config
+        if config.finalize_model_grads_func is None:
+            raise ValueError(
+                "the model's config must have Megatron's finalize_model_grads as finalize_model_grads_func"
+            )
         micro_batches = self.objective.prepare(self.chunks, micro_batches)
         for chunk in self.wrapped:
             chunk.train()

@@ -128,20 +128,21 @@ def test_a_loss_that_is_no_number_is_named_before_any_weight_changes(base: Path)
 
 def refused(rank: int, base: Path) -> list[str]:
     messages = []
-    for name, value in (("fp16", True), ("calculate_per_token_loss", False)):
+    for name, value in (("fp16", True), ("calculate_per_token_loss", False), ("finalize_model_grads_func", None)):
         chunks = adapted(base, ONE, LoraConfig())
         setattr(chunks[0].config, name, value)
         try:
-            Trainer(chunks, OptimizerSettings(lr=1e-2))
+            Trainer(chunks, OptimizerSettings(lr=1e-2)).step(batch(0), 0)
         except ValueError as error:
             messages.append(str(error))
     return messages
 
 
 def test_models_that_it_cannot_train_right_are_refused(base: Path) -> None:
-    ((half, mean),) = run_ranks(1, refused, base, sizes=ONE)
+    ((half, mean, unsummed),) = run_ranks(1, refused, base, sizes=ONE)
     assert "float16, which needs a loss scale" in half
     assert "calculate_per_token_loss" in mean
+    assert "must have Megatron's finalize_model_grads as" in unsummed
 
 
 def no_target(rank: int, base: Path) -> str:
