@@ -56,6 +56,10 @@ def _of_texts(value: Mapping[str, Any], path: str, line: int) -> Preference:
     where = f"{path}:{line}"
     if "prompt" not in value:
         raise ValueError(f'{where}: the object has no "prompt"; where it ends in "chosen" cannot be told from strings')
+    if isinstance(value["prompt"], list):
+        raise ValueError(
+            f'{where}: "prompt" is a list, and "chosen" and "rejected" are strings; all must be strings, or all lists of messages'
+        )
     prompt = text_of(value["prompt"], '"prompt"', where)
     chosen, rejected = (
         Record(

@@ -55,6 +55,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "chosen": 1, "rejected": 2}, '"chosen" is a number and "rejected" is a number'),
     ({"prompt": "a", "chosen": "", "rejected": "c"}, '"chosen" is empty'),
     ({"prompt": 3, "chosen": "b", "rejected": "c"}, '"prompt" must be a string, got a number'),
+    ({"prompt": [ASK], "chosen": "b", "rejected": "c"}, '"prompt" is a list, and "chosen" and "rejected" are strings'),
     ({"prompt": [ASK], "chosen": [ASK], "rejected": [BAD]}, '"chosen" has no turn of role "assistant"'),
     ({"prompt": [], "chosen": [GOOD], "rejected": [BAD]}, '"prompt" is empty'),
     ({"prompt": [{"role": "user"}], "chosen": [GOOD], "rejected": [BAD]}, '"prompt"[0] has no "content"'),
