@@ -32,7 +32,7 @@ def write_tensors(
         at = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("xb") as file, WriteBack(file) as write_back:
+    with WriteBack(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         waiting = iter(tensors)
         for name, shape, dtype in entries:
@@ -44,7 +44,6 @@ def write_tensors(
                     f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, declared {dtype} {list(shape)}"
                 )
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)
-            write_back.wrote()
             del tensor  # Else it would live until the next one, which is made first; in zip() too.
         if next(waiting, None) is not None:
             raise ValueError(f"{path}: there are more tensors than names")

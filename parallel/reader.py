@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from parallel.archive import Loader
 from parallel.errors import DamagedError
+from parallel.scratch import Scratch
 
 DIRECTORY = ".metadata"
 FORMAT_FILE = "metadata.json"  # Megatron's, by which it knows what the others are; the last that is written.
@@ -57,7 +58,7 @@ class Reader:
         self.metadata = read_directory(self.folder / DIRECTORY)
         self._files: dict[str, io.BufferedReader] = {}
         self._loader = Loader()
-        self._passing = bytearray()  # Memory that is in use is faster than new memory.
+        self._scratch, self._passing = Scratch(), Scratch()
         self._check_files()
 
     def __enter__(self) -> "Reader":
@@ -82,8 +83,8 @@ class Reader:
         """One whole tensor."""
         entry = self._entry(key)
         if len(entry.chunks) == 1 and entry.chunks[0].sizes == entry.size:
-            return self._stored(key, entry.chunks[0]).contiguous()
-        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+            return self._stored(key, entry.chunks[0], self._scratch).contiguous()
+        whole = self._empty(entry.size, entry.properties.dtype)
         self.fill(key, whole, (0,) * whole.ndim, tuple(entry.size))
         return whole
 
@@ -93,7 +94,7 @@ class Reader:
         Raises:
             ValueError: there is none, it cannot be read, or it is more than tensors and plain values.
         """
-        return self._load(MetadataIndex(key))[0]
+        return self._load(MetadataIndex(key), self._scratch)[0]
 
     def fill(self, key: str, out: torch.Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> None:
         """Copy elements [offset, offset + out.shape) of the tensor ``key`` [shape] into ``out``; what lies beyond its end is left.
@@ -113,14 +114,22 @@ class Reader:
             if both is None:
                 continue
             target, source = both
-            out[target].copy_(self._stored(key, chunk, passing=True)[source])
+            out[target].copy_(self._stored(key, chunk, self._passing)[source])
             missing -= math.prod(span.stop - span.start for span in target)
         if missing:
             raise ValueError(f"{self.folder}: {missing} elements of {key} are in no file")
 
-    def _stored(self, key: str, chunk: ChunkStorageMetadata, passing: bool = False) -> torch.Tensor:
-        """One of the pieces of the files; a passing one lasts until the next, whose memory it may share."""
-        stored: torch.Tensor = self._load(MetadataIndex(key, chunk.offsets), passing)
+    def _empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        size = shape.numel() * dtype.itemsize  # torch makes no tensor of a buffer of no bytes
+        return (
+            torch.frombuffer(self._scratch.lend(size), dtype=dtype).view(shape)
+            if size
+            else torch.empty(shape, dtype=dtype)
+        )
+
+    def _stored(self, key: str, chunk: ChunkStorageMetadata, scratch: Scratch) -> torch.Tensor:
+        """One of the pieces of the files."""
+        stored: torch.Tensor = self._load(MetadataIndex(key, chunk.offsets), scratch)
         if stored.shape != chunk.sizes:
             raise ValueError(f"{self.folder}: a piece of {key} has shape {list(stored.shape)}, not {list(chunk.sizes)}")
         return stored
@@ -131,7 +140,7 @@ class Reader:
             raise ValueError(f"{self.folder}: there is no tensor {key}")
         return entry
 
-    def _load(self, index: MetadataIndex, passing: bool = False) -> Any:
+    def _load(self, index: MetadataIndex, scratch: Scratch) -> Any:
         place = self.metadata.storage_data.get(index)
         if place is None:
             raise ValueError(f"{self.folder}: there is no {index.fqn}")
@@ -140,10 +149,9 @@ class Reader:
         file = self._files[place.relative_path]
         file.seek(place.offset)
         try:
-            if passing and len(self._passing) < place.length:
-                self._passing = bytearray(place.length)
-            content = memoryview(self._passing if passing else bytearray(place.length))[: place.length]
-            file.readinto(content)
+            content = scratch.lend(place.length)
+            if file.readinto(content) < place.length:
+                raise EOFError(f"the file ends before byte {place.offset + place.length}")
             return self._loader.load(content)
         except Exception as error:
             raise DamagedError(f"{self.folder / place.relative_path}: {index.fqn} cannot be read: {error}") from error

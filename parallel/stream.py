@@ -37,7 +37,7 @@ def write_stream(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> N
         ValueError: a key comes twice.
     """
     directory = Metadata({}, storage_data={})
-    with naming(folder), (folder / _FILE).open("xb") as file, WriteBack(file) as write_back:
+    with naming(folder), WriteBack(folder / _FILE) as file:
         directory.state_dict_metadata[PLAIN] = BytesStorageMetadata()
         directory.storage_data[MetadataIndex(PLAIN)] = _append(file, [{}])
         for key, tensor in tensors:
@@ -49,7 +49,6 @@ def write_stream(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> N
                 TensorProperties(dtype=tensor.dtype), tensor.shape, [ChunkStorageMetadata(start, tensor.shape)]
             )
             directory.storage_data[MetadataIndex(key, start, 0)] = _append(file, tensor)
-            write_back.wrote()
             del tensor  # Else it would live until the next one, which is made first.
     with naming(folder), (folder / DIRECTORY).open("xb") as file:
         pickle.dump(directory, file)

@@ -15,8 +15,10 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from parallel.errors import DamagedError
 from parallel.reader import PLAIN, Reader
 from parallel.sizes import ParallelSizes
+from parallel.stream import write_stream
 from tests.parallel.test_storage import TENSORS, whole, write_files
 from tests.ranks import run_ranks
 
@@ -170,6 +172,33 @@ def test_damage_is_named_and_code_does_not_run(folder: Path, tmp_path: Path, dam
             reader.tensor(name)
         reader.object("object/shard_1_3")
     assert not (damaged / "ran").exists()
+
+
+def test_each_tensor_has_memory_of_its_own(folder: Path) -> None:
+    with Reader(folder) as reader:
+        found = [(name, reader.tensor(name)) for name in [*TENSORS, *TENSORS]]
+        for name, tensor in found:
+            assert torch.equal(tensor, whole(name))
+            tensor.zero_()  # and it can be changed
+        assert torch.equal(reader.tensor("a"), whole("a"))
+
+
+def test_memory_is_used_again(folder: Path) -> None:
+    with Reader(folder) as reader:
+        for name in TENSORS:
+            reader.tensor(name)  # The first of a kind is torch's.
+            assert len({reader.tensor(name).data_ptr() for _ in range(4)}) == 1
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
+    """What an earlier tensor of the same shape has left in memory is not taken for it."""
+    write_stream([("first", torch.zeros(10_000)), ("second", torch.ones(10_000))], tmp_path)
+    with Reader(tmp_path) as reader:
+        assert torch.equal(reader.tensor("first"), torch.zeros(10_000))
+        place = reader.metadata.storage_data[MetadataIndex("second", (0,))]
+        os.truncate(tmp_path / place.relative_path, place.offset)
+        with pytest.raises(DamagedError, match=r"__0_0\.distcp: second cannot be read: the file ends"):
+            reader.tensor("second")
 
 
 def test_what_is_not_there_is_named(folder: Path) -> None:
