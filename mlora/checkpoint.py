@@ -15,6 +15,7 @@ It is written under a temporary name, checked and then renamed, so a directory `
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,18 +45,9 @@ from parallel.storage import read, read_pieces, write
 from parallel.together import on_rank_zero, together
 
 __all__ = [
-    "PREFIX",
-    "Training",
-    "adapter_config",
-    "adapter_sharded_state",
-    "checkpoints",
-    "describe",
-    "latest_checkpoint",
-    "load_checkpoint",
-    "read_info",
-    "save_checkpoint",
-    "sharded_tensors",
-]
+    "PREFIX", "Training", "adapter_config", "adapter_sharded_state", "checkpoints", "describe", "latest_checkpoint",
+    "load_checkpoint", "read_info", "save_checkpoint", "sharded_tensors",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -177,8 +169,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Load an adapter, and with ``training`` its optimizer and scheduler, from a checkpoint saved at any layout.
 
-    The adapter must be attached already, with the same targets and ranks. Random states are restored when the layout is the
-    one that saved them. Without ``training``, load before the optimizer is made: it may keep float32 copies of the parameters.
+    The adapter must be attached already, with the same targets, ranks and scalings. Random states are restored when the layout is
+    the one that saved them. Without ``training``, load before the optimizer is made: it may keep float32 copies of the parameters.
 
     Returns:
         The training state that was saved; empty without ``training``.
@@ -186,8 +178,8 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: it is no checkpoint of mlora's.
         DamagedError: a file is missing or damaged.
-        ValueError: the adapter's keys or shapes differ from the model's, or a tensor is not finite; the optimizer or the scheduler
-            has other settings. What differs is named.
+        ValueError: the adapter's keys, shapes or scalings differ from the model's, or a tensor is not finite; the optimizer or the
+            scheduler has other settings. What differs is named.
 
     Every error is raised on every rank alike, before anything in the model, the optimizer or the scheduler has changed.
     """
@@ -195,6 +187,7 @@ def load_checkpoint(
     info = together(lambda: read_info(checkpoint))
     adapters = adapter_sharded_state(model, adapter_name)
     _check_same(adapters, together(lambda: _stored(checkpoint)), checkpoint)
+    _check_scalings(describe(model, adapter_name, 0, None)["projections"], info["projections"], checkpoint)
     state: dict[str, Any] = {"adapter": adapters}
     if training:
         if not info["training"]:
@@ -309,6 +302,20 @@ def _check_same(
     for theirs, ours in {(stored[name][1], tensor.dtype) for name, tensor in adapters.items()}:
         if theirs != ours:
             logger.warning("%s holds the adapter in %s; it is loaded into %s", checkpoint, theirs, ours)
+
+
+def _check_scalings(
+    attached: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]], checkpoint: Path
+) -> None:
+    """Of projections that are known to be the same: with another scaling the same parameters are another function."""
+    theirs = {(row["module"], row["part"]): row["scaling"] for row in saved}
+    for row in attached:
+        scaling = theirs.get((row["module"], row["part"]), row["scaling"])
+        if not math.isclose(scaling, row["scaling"], rel_tol=1e-12):  # Converters compute it another way.
+            raise ValueError(
+                f"{checkpoint} holds an adapter with a scaling of {scaling} at {row['module']}.{row['part']}; the attached one has "
+                f"{row['scaling']}: attach it with the same lora_alpha, alpha_pattern and use_rslora"
+            )
 
 
 def _union(values: set[Any], group: dist.ProcessGroup | None) -> set[Any]:

@@ -170,6 +170,26 @@ def test_names_of_checkpoints(saved: dict[str, Path]) -> None:
     }  # fmt: skip
 
 
+def _load_with_alpha(rank: int, checkpoint: Path, sizes: ParallelSizes) -> str:
+    """What is said where the last layer alone has another alpha; the adapter is as it was."""
+    chunks: list[torch.nn.Module] = list(gpt.build(sizes, num_query_groups=2, params_dtype=torch.float32))
+    mlora.apply(chunks, dataclasses.replace(ADAPTERS["everything"], alpha_pattern={"layers.3.mlp.down_proj": 20}))
+    before = [factor.parameter.clone() for factor in factors(chunks)]
+    with pytest.raises(ValueError) as raised:
+        load_checkpoint(checkpoint, chunks)
+    assert all(torch.equal(old, new.parameter) for old, new in zip(before, factors(chunks), strict=True))
+    return str(raised.value)
+
+
+def test_parameters_that_would_mean_another_function_are_refused_on_every_stage(saved: dict[str, Path]) -> None:
+    checkpoint, sizes = latest_checkpoint(saved["TP1"] / "everything"), LAYOUTS["PP2"][1]
+    expected = (
+        f"{checkpoint} holds an adapter with a scaling of 2.0 at decoder.layers.3.mlp.linear_fc2.whole; the attached"
+    )
+    for message in run_ranks(2, _load_with_alpha, checkpoint, sizes, sizes=sizes):
+        assert message.startswith(expected) and "one has 4.0: attach it with the same lora_alpha" in message
+
+
 def _load_with_dtype(rank: int, checkpoint: Path, dtype: torch.dtype) -> tuple[list[str], bool]:
     """(what is logged, whether the values are the checkpoint's, rounded) for an adapter of another dtype."""
     chunks: list[torch.nn.Module] = list(
