@@ -36,5 +36,7 @@ def _is_split(name: str, module: torch.nn.Module, leaf: str, parameter: torch.nn
     """Whether the tensor-parallel ranks hold different pieces. Megatron marks parameters only when it initialises them."""
     layout = read_layout(name, module)
     if layout is not None:
-        return layout.partition_dim is not None and (leaf.startswith("weight") or layout.partition_dim == 0)
+        # An expert's group may be of one rank: then all tensor-parallel ranks hold the same expert.
+        is_cut = layout.partition_dim is not None and layout.group.size() > 1
+        return is_cut and (leaf.startswith("weight") or layout.partition_dim == 0)
     return isinstance(module, VocabParallelEmbedding) or bool(getattr(parameter, "tensor_model_parallel", False))

@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
 import mlora
@@ -274,6 +275,21 @@ def test_counts_are_global_and_equal_at_every_layout(layout: str) -> None:
         inputs = (1 if shared_A else 3) * h + q + (1 if shared_A else 2) * h + f
         adapter = gpt.LAYERS * 2 * (inputs + (q + 2 * kv) + h + 2 * f + h)
         assert {counts[number] for counts, _ in fresh(layout)} == {(adapter, base + adapter)}
+
+
+def counted_experts(rank: int, expert_tensor: int) -> tuple[int, int]:
+    tensor = torch.distributed.get_world_size()
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor, expert_tensor_parallel_size=expert_tensor)
+    model_parallel_cuda_manual_seed(1)
+    sizes = ParallelSizes(tensor=tensor, sequence_parallel=tensor > 1)
+    chunks = gpt.build(sizes, experts=2, expert_layers=[1], expert_tensor_parallel_size=expert_tensor)
+    return mlora.parameter_counts(chunks)
+
+
+def test_experts_that_every_rank_holds_whole_count_once() -> None:
+    [expected] = run_ranks(1, counted_experts, 1)
+    assert run_ranks(2, counted_experts, 2) == run_ranks(2, counted_experts, 1) == [expected] * 2
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
