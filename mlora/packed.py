@@ -23,6 +23,7 @@ class Buffer:
         tail: p.
         filled_by: the adapter whose A and B are in it; None before the first, and if it is deleted.
         packed: what each adapter has made of it.
+        captured: a CUDA graph was captured that reads it.
     """
 
     def __init__(self, weight: torch.nn.Parameter, tail: int) -> None:
@@ -33,11 +34,7 @@ class Buffer:
         self.tail = tail
         self.filled_by: LinearAdapter | None = None
         self.packed: dict[LinearAdapter, Packed] = {}
-
-    @property
-    def captured(self) -> bool:
-        """Whether a CUDA graph reads and writes it."""
-        return any(packed.captured for packed in self.packed.values())
+        self.captured = False
 
 
 class Packed:
@@ -45,7 +42,6 @@ class Packed:
 
     Attributes:
         adapter: None once it is deleted.
-        captured: a CUDA graph was captured that reads and writes it.
         buffer: with P.
         base: W [out, in].
         weight: [W | B] [out, in + p].
@@ -56,7 +52,7 @@ class Packed:
 
     def __init__(self, weight: torch.nn.Parameter, adapter: LinearAdapter, buffer: Buffer | None) -> None:
         self.adapter: LinearAdapter | None = adapter
-        self.dtype, self.captured = adapter.dtype, False
+        self.dtype = adapter.dtype
         self._starts = _starts(adapter)
         self.ranks = max(start + adapter.ranks[part] for part, start in self._starts.items())
         self.tail = -(-self.ranks // _ALIGNMENT) * _ALIGNMENT
@@ -124,7 +120,7 @@ class Packed:
     def note_capture(self) -> None:
         """At every forward: a CUDA graph that is being captured reads the buffer for as long as it lives."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
-            self.captured = True
+            self.buffer.captured = True
 
     @torch.no_grad()
     def fill(self) -> None:
