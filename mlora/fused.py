@@ -11,6 +11,7 @@ With the adapter off, W alone is read, whatever another adapter has left beside 
 | base | what is communicated, p columns wider than the frozen base's |
 |---|---|
 | column-parallel | all-reduce of [g \\| d]; with sequence parallelism all-gather of [v \\| s] and reduce-scatter of [g \\| d] |
+| replicated | nothing |
 | row-parallel | y and dy alone; without sequence parallelism also an all-reduce of s (T·p) in backward, for dB |
 
 Gradients mean the same as in :mod:`mlora.linear`. :class:`FusedMlp` joins a gated MLP's two linears over SwiGLU, whose backward
@@ -214,7 +215,7 @@ def _before_backward(dy: torch.Tensor, geometry: Geometry) -> torch.Tensor:
 
 def _sum_over_ranks(g: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """The base's own sum of a column-parallel input gradient over the ranks; d comes complete with it."""
-    if geometry.row_parallel:
+    if geometry.row_parallel or geometry.replicated:
         return g
     if geometry.gathers:
         return collectives.reduce_scatter(g, geometry.group)

@@ -57,13 +57,9 @@ def test_every_tensor_equals_that_of_the_term_inside(sizes: ParallelSizes) -> No
         assert found[worst] < 1e-12, (worst, found[worst])
 
 
-def replicated(rank: int, sizes: ParallelSizes) -> dict[str, float]:
-    """Errors of the term beside a linear that every rank holds whole, from that of one process that has all tokens."""
-    set_micro_batch(STEP)
-    length, rows, ins, outs, r = 12, 2, 6, 10, 3
-    A, B = (random(name, *shape).requires_grad_() for name, shape in (("A", (r, ins)), ("B", (outs, r))))
-    x, dy = random("x", length, rows, ins), random("dy", length, rows, outs)
-    layout = LinearLayout(
+def replicated_layout(sizes: ParallelSizes, ins: int, outs: int) -> LinearLayout:
+    """Of a linear that every rank holds whole."""
+    return LinearLayout(
         name="linear_kv_down_proj",
         in_features=ins,
         out_features=outs,
@@ -74,12 +70,26 @@ def replicated(rank: int, sizes: ParallelSizes) -> dict[str, float]:
         parts=((WHOLE, outs),),
         segments=(Segment(WHOLE, 0, outs),),
     )
+
+
+def own_tokens(sizes: ParallelSizes, length: int, rank: int) -> slice:
+    """Of the sequence, what such a linear is given."""
+    count = length // sizes.tensor
+    return slice(rank * count, (rank + 1) * count) if sizes.sequence_parallel else slice(None)
+
+
+def replicated(rank: int, sizes: ParallelSizes) -> dict[str, float]:
+    """Errors of the term beside a linear that every rank holds whole, from that of one process that has all tokens."""
+    set_micro_batch(STEP)
+    length, rows, ins, outs, r = 12, 2, 6, 10, 3
+    A, B = (random(name, *shape).requires_grad_() for name, shape in (("A", (r, ins)), ("B", (outs, r))))
+    x, dy = random("x", length, rows, ins), random("dy", length, rows, outs)
+    layout = replicated_layout(sizes, ins, outs)
     mask = Dropout.of(0.3, 1, layout.name, length)
     whole = x.clone().requires_grad_()
     y = mask(whole) @ A.T @ B.T
     expected = [y, *torch.autograd.grad(y, (whole, A, B), dy)]
-    count = length // sizes.tensor if sizes.sequence_parallel else length
-    mine = slice(rank * count, (rank + 1) * count) if sizes.sequence_parallel else slice(None)
+    mine = own_tokens(sizes, length, rank)
     piece = x[mine].clone().requires_grad_()
     z = LoraBranch.apply(piece, A, B, Geometry.of(layout, mask))
     found = [z, *torch.autograd.grad(z, (piece, A, B), dy[mine])]

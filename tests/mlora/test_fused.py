@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from mlora.adapter import LinearAdapter
+from mlora.config import LoraConfig
 from mlora.dropout import set_micro_batch
 from mlora.fused import FusedLinear, FusedMlp, Norm
 from mlora.linear import Geometry
 from mlora.packed import Packed
-from parallel.layout import LinearLayout
+from mlora.targets import Projection, Target
+from parallel.layout import WHOLE, LinearLayout
 from parallel.sizes import ParallelSizes
+from tests.mlora.test_branch import own_tokens, replicated_layout
 from tests.mlora.test_linear import FC1, FC2, PROJ, QKV, STEP, TOKENS, Case, build, local_input, random, relative
 from tests.ranks import run_ranks
 
@@ -121,9 +124,44 @@ def mlp_errors(sizes: ParallelSizes, rank: int, dropout: float, ranks: int = 3) 
     return compare(f"mlp dropout {dropout}, {ranks} ranks", (z, small.grad, both[0]), (y, x.grad, both[1]))
 
 
+def replicated_errors(sizes: ParallelSizes, rank: int, normed: bool, dropout: float) -> dict[str, float]:
+    """Of a linear that every rank holds whole, from one process that has all tokens."""
+    ins, outs, r, name = 24, 40, 3, f"replicated, norm {normed}, dropout {dropout}"
+    layout = replicated_layout(sizes, ins, outs)
+    weight = torch.nn.Parameter(random("W", outs, ins).float(), requires_grad=False)
+    target = Target(Projection(layout.name, WHOLE, "kv_down_proj"), r, 2 * r)
+    adapter = LinearAdapter(layout, [target], LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout), weight)
+    adapter.train()
+    for which, parameter in adapter.named_parameters():
+        parameter.data = random(which, *parameter.shape).float()
+    x, dy = random("x", TOKENS, 2, ins), random("dy", TOKENS, 2, outs)
+    norm, mask = random("norm", ins).abs() + 0.5, adapter.dropout(TOKENS)
+    whole = x.clone().requires_grad_()
+    factors = [parameter.detach().double().requires_grad_() for parameter in adapter.parameters()]
+    A, B = factors
+    v = torch.nn.functional.rms_norm(whole, (ins,), norm, EPS) if normed else whole
+    y = v @ weight.double().T + (v if mask is None else mask(v)) @ A.T @ B.T * 2
+    wanted = [y, *torch.autograd.grad(y, (whole, *factors), dy)]
+    packed, mine = Packed(weight, adapter, None), own_tokens(sizes, TOKENS, rank)
+    packed.fill()
+    piece = x[mine].float().requires_grad_()
+    geometry, before = Geometry.of(layout, mask), Norm(norm.float(), EPS) if normed else None
+    z = FusedLinear.apply(piece, before, None, packed, geometry, *packed.parameters())
+    found = [z, *torch.autograd.grad(z, (piece, *adapter.parameters()), dy[mine].float())]
+    if sizes.sequence_parallel:
+        for gradient in found[2:]:
+            torch.distributed.all_reduce(gradient, group=layout.group)
+    wanted[:2] = [tensor[mine] for tensor in wanted[:2]]
+    pairs = zip(("y", "dx", "dA", "dB"), found, wanted, strict=True)
+    return {f"{name} {key}": relative(ours.double(), theirs) for key, ours, theirs in pairs}
+
+
 def all_errors(rank: int, sizes: ParallelSizes) -> dict[str, float]:
     set_micro_batch(STEP)
-    found = mlp_errors(sizes, rank, 0.0) | mlp_errors(sizes, rank, 0.3) | mlp_errors(sizes, rank, 0.0, ranks=65)
+    found = {}
+    for normed, dropout in ((False, 0.3), (True, 0.0)):
+        found |= replicated_errors(sizes, rank, normed, dropout)
+    found |= mlp_errors(sizes, rank, 0.0) | mlp_errors(sizes, rank, 0.3) | mlp_errors(sizes, rank, 0.0, ranks=65)
     for case in CASES:
         for normed in (False, True) if case.name in (QKV, FC1) else (False,):
             found |= linear_errors(case, sizes, rank, normed, f"{case} norm {normed}")
