@@ -133,6 +133,28 @@ def load_base(args: Namespace, chunks: Sequence[torch.nn.Module]) -> Path | None
     return source.adapter
 
 
+def check_no_adapter(args: Namespace) -> None:
+    """For a script without one of LoRA's options. Every rank calls it.
+
+    Raises:
+        ValueError: a checkpoint that Megatron would load holds an adapter; on every rank alike.
+    """
+    option = _from_rank_zero(lambda: _option_of_adapter(args))
+    if option is not None:
+        raise ValueError(
+            f"{flag(option)} {getattr(args, option)} holds an adapter: give the --lora-... options that it was trained with"
+        )
+
+
+def _option_of_adapter(args: Namespace) -> str | None:
+    for option in ("load", "pretrained_checkpoint"):
+        with contextlib.suppress(FileNotFoundError):  # Megatron's to report.
+            newest = _newest(args, option)
+            if newest is not None and _holds_adapter(newest):
+                return option
+    return None
+
+
 @contextlib.contextmanager
 def _only_weights(args: Namespace, source: Source) -> Iterator[None]:
     """Megatron's arguments as they must be to load model weights and nothing else."""

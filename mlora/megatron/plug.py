@@ -14,7 +14,7 @@ from mlora.description import read_info
 from mlora.dropout import MicroBatch, set_micro_batch
 from mlora.families import Family
 from mlora.megatron.arguments import lora_config_from_args
-from mlora.megatron.base import load_base
+from mlora.megatron.base import check_no_adapter, load_base
 from mlora.megatron.chunk import check_description, save_adapter_only
 from mlora.options import flag
 from parallel.together import together
@@ -31,7 +31,7 @@ _UNSUPPORTED = {
 def pre_wrap_hook(chunks: list[torch.nn.Module], family: Family | None = None) -> list[torch.nn.Module]:
     """Megatron's pre-wrap hook (``cfg.model.pre_wrap_hooks``, from megatron-core 0.18 on): load the base, attach the adapter.
 
-    The arguments are Megatron's global ones. Without one of LoRA's options it does nothing.
+    The arguments are Megatron's global ones. Without one of LoRA's options it leaves the chunks as they are.
 
     Args:
         chunks: this rank's, unwrapped.
@@ -39,7 +39,7 @@ def pre_wrap_hook(chunks: list[torch.nn.Module], family: Family | None = None) -
 
     Raises:
         FileNotFoundError, ValueError: there is no base, it does not fit, or an option makes no sense or cannot be combined with
-            LoRA; on every rank alike.
+            LoRA; without one of LoRA's options, a checkpoint to load holds an adapter; on every rank alike.
     """
     from megatron.training import get_args
 
@@ -79,6 +79,7 @@ def _chunks_of_a_rank(args: Namespace) -> int:
 def _plug(args: Namespace, chunks: list[torch.nn.Module], family: Family | None) -> list[torch.nn.Module]:
     config = lora_config_from_args(args)
     if config is None:
+        check_no_adapter(args)
         return chunks
     _check_supported(args)
     resumed = load_base(args, chunks)

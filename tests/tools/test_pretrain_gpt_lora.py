@@ -328,3 +328,9 @@ def test_what_does_not_fit_is_refused(base: str, straight: Any, options: list[st
     places = {"ADAPTER": str(straight[1]), "SAVE": str(tmp_path)}
     with pytest.raises(AssertionError, match=error):
         run_script(main, "--pretrained-checkpoint", base, *LORA, *(places.get(option, option) for option in options))
+
+
+@pytest.mark.parametrize("option", ["--load", "--pretrained-checkpoint"])
+def test_an_adapter_without_loras_options_is_refused(straight: Any, option: str) -> None:
+    with pytest.raises(AssertionError, match=rf"{option} \S+ holds an adapter: give the --lora-\.\.\. options"):
+        run_script(main, option, str(straight[1]), size=2, tensor=2)
