@@ -16,6 +16,7 @@ import torch
 from mlora.conversion.importing import Import
 from mlora.conversion.output import new_directory
 from mlora.conversion.peft_config import read_config
+from mlora.conversion.workers import one_thread
 from mlora.description import CONFIG_FILE, FORMAT, INFO_FILE, PREFIX
 from mlora.names import DEFAULT_ADAPTER
 from parallel.errors import naming
@@ -57,7 +58,7 @@ def write_import(
             progress(tensor.nbytes)
 
     keep = (plan.source, plan.base.path)
-    with new_directory(output, replace=replace, marker=INFO_FILE, keep=keep) as folder, naming(folder):
+    with new_directory(output, replace=replace, marker=INFO_FILE, keep=keep) as folder, naming(folder), one_thread():
         write_stream(tensors(), folder)
         for name, content in (
             (CONFIG_FILE, plan.config.to_dict()),

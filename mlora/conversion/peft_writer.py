@@ -14,6 +14,7 @@ from mlora.conversion.peft import PREFIX, WEIGHTS_FILE
 from mlora.conversion.peft_config import CONFIG_FILE
 from mlora.conversion.safetensors_file import SafetensorsFile
 from mlora.conversion.state import AdapterModule, LazyTensor, is_finite
+from mlora.conversion.workers import one_thread
 from mlora.tensor_file import write_tensors
 from parallel.errors import naming
 
@@ -146,7 +147,7 @@ def write_peft(
         OSError: it cannot be written.
         ValueError: a tensor is not finite, or what was written does not read back key for key.
     """
-    with new_directory(output, replace=replace, marker=CONFIG_FILE, keep=keep) as folder, naming(folder):
+    with new_directory(output, replace=replace, marker=CONFIG_FILE, keep=keep) as folder, naming(folder), one_thread():
         entries = [(tensor.name, tensor.shape, tensor.dtype) for tensor in adapter.tensors]
         write_tensors(folder / WEIGHTS_FILE, entries, map(_telling(progress), adapter.tensors))
         text = json.dumps(dict(adapter.config), indent=2, sort_keys=True) + "\n"

@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -15,10 +16,23 @@ Result = TypeVar("Result")
 _MOST = 8  # more of them only wait for memory and disk
 
 
-class Workers:
-    """A context of threads in each of which torch uses one thread.
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A context in which torch uses one thread: for work that memory limits.
 
     torch's own threads all meet at the end of every operation, and on a busy machine spend their time waiting for the last one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Workers:
+    """A context of threads in each of which torch uses one thread, for the reason that :func:`one_thread` has.
+
     Here nobody waits for anybody: pieces are independent, and reading, arithmetic and writing of different pieces overlap.
     """
 

@@ -358,6 +358,23 @@ def test_values_that_are_not_finite(tmp_path: Path, bare: Pretrained) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["peft"]
 
 
+def test_torch_uses_one_thread(tmp_path: Path, bare: Pretrained) -> None:
+    """More of them would wait for each other at the end of every copy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    threads: list[int] = []
+
+    def tell(size: int) -> None:
+        threads.append(torch.get_num_threads())
+
+    try:
+        write_import(_plan(tmp_path / "peft", bare), tmp_path / "native", progress=tell)
+        write_peft(peft_adapter(open_adapter(tmp_path / "native")), tmp_path / "exported", progress=tell)
+        assert set(threads) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_progress_counts_every_byte(tmp_path: Path, bare: Pretrained) -> None:
     done: list[int] = []
     write_import(_plan(tmp_path / "peft", bare), tmp_path / "native", progress=done.append)

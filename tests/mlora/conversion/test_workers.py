@@ -2,11 +2,12 @@
 
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from mlora.conversion.workers import Workers
+from mlora.conversion.workers import Workers, one_thread
 
 
 def test_results_come_in_order_and_torchs_threads_are_given_back() -> None:
@@ -21,6 +22,20 @@ def test_results_come_in_order_and_torchs_threads_are_given_back() -> None:
         thread.join()
         assert inside == [(piece, 1) for piece in range(20)]
         assert torch.get_num_threads() == 2 and after == [2]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
+def test_torch_uses_one_thread_and_afterwards_as_many_as_before(error: BaseException | None) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(KeyboardInterrupt) if error else nullcontext(), one_thread():
+            assert torch.get_num_threads() == 1
+            if error:
+                raise error
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
 
