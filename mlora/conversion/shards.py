@@ -16,6 +16,7 @@ from mlora.conversion.plan import Change, Plan
 from mlora.conversion.safetensors_file import DTYPE_NAMES, DTYPES, FLOATS, Entry, SafetensorsFile, Span, header_bytes
 from mlora.conversion.state import is_finite
 from mlora.conversion.workers import Workers
+from parallel.writeback import PIECE
 
 # In work at a time, for each thread. What fits a processor's caches goes through the steps of a merge, and through the kernel,
 # about twice as fast.
@@ -58,7 +59,7 @@ class _Target:
         """Write a tensor's bytes at ``offset`` of the next tensor."""
         view, place = memoryview(data.reshape(-1).view(torch.uint8).numpy().data), self.at + offset
         while len(view):
-            count = os.pwrite(self.descriptor, view, place)
+            count = os.pwrite(self.descriptor, view[:PIECE], place)
             view, place = view[count:], place + count
 
     def advance(self, size: int) -> None:

@@ -34,6 +34,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few rows, and copies of a few bytes, so that tiny tensors need several."""
     monkeypatch.setattr(shards, "BLOCK", 100)
     monkeypatch.setattr(shards, "COPIED", 1000)
+    monkeypatch.setattr(shards, "PIECE", 70)
 
 
 def do(base: Path, adapter: Path, output: Path, **options: Any) -> MergeReport:
