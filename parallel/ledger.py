@@ -36,6 +36,7 @@ _NAMES = {
     "batch_p2p_ops": "batch_p2p",
     "broadcast": "broadcast",
     "gather": "gather",
+    "gather_into_tensor": "gather",
     "irecv": "recv",
     "isend": "send",
     "monitored_barrier": "barrier",
