@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 _adapted_classes: dict[tuple[type, type], type] = {}
 
 
-def _adapted_class(base: type, mixin: type) -> type:
+def adapted_class(base: type, mixin: type) -> type:
     """The subclass of a module's class that adds the adapter; one for each class, so that ``isinstance`` stays true."""
     if (base, mixin) not in _adapted_classes:
         made = type(f"Lora{base.__name__}", (mixin, base), {"__module__": base.__module__})
@@ -213,7 +213,7 @@ def _make(
 def _attach(module: torch.nn.Module, adapter: LinearAdapter, adapter_name: str, first: bool) -> None:
     if not isinstance(module, LocalLora | TeLora | EmbeddingLora):
         module.add_module("lora", AdapterBank(adapter.layout))
-        module.__class__ = _adapted_class(type(module), _mixin(module))
+        module.__class__ = adapted_class(type(module), _mixin(module))
     bank: AdapterBank = module.lora  # type: ignore[assignment]
     bank.adapters[adapter_name] = adapter.train(module.training)
     if first:
@@ -233,7 +233,7 @@ def _attach_copy(whole: Candidate, adapter_name: str, first: bool) -> None:
     copy = new_copy(name, module)
     if not isinstance(module, CopiedModule):
         module.add_module("copies", CopyBank(name, whole.hf_names[0], rows_of(name, module)))
-        module.__class__ = _adapted_class(type(module), CopiedModule)
+        module.__class__ = adapted_class(type(module), CopiedModule)
     bank: CopyBank = module.copies  # type: ignore[assignment]
     bank.adapters[adapter_name] = copy.requires_grad_(first)
     if first:
@@ -244,13 +244,13 @@ def _join_mlps(chunk: torch.nn.Module) -> None:
     """Let an MLP of Transformer Engine's linears, both adapted, run as one."""
     for module in chunk.modules():
         if type(module) is MLP and isinstance(module.linear_fc1, TeLora) and isinstance(module.linear_fc2, TeLora):
-            module.__class__ = _adapted_class(MLP, MlpLora)
+            module.__class__ = adapted_class(MLP, MlpLora)
 
 
 def _untie_output(chunk: torch.nn.Module) -> None:
     tied = getattr(chunk, "share_embeddings_and_output_weights", False) and getattr(chunk, "pre_process", False)
     if tied and isinstance(chunk.embedding.word_embeddings, CopiedModule) and not isinstance(chunk, UntiedOutput):  # type: ignore[union-attr]
-        chunk.__class__ = _adapted_class(type(chunk), UntiedOutput)
+        chunk.__class__ = adapted_class(type(chunk), UntiedOutput)
 
 
 def freeze_all_but(bank: Bank, adapter_name: str | None) -> None:

@@ -32,7 +32,7 @@ from mlora.adapter import LinearAdapter
 from mlora.attach import banks, factors, linear_adapters
 from mlora.config import LoraConfig
 from mlora.copies import copied_modules
-from mlora.description import CONFIG_FILE, FORMAT, INFO_FILE, PREFIX, checkpoints, latest_checkpoint, read_info
+from mlora.description import CONFIG_FILE, FORMAT, INFO_FILE, PREFIX, checkpoints, read_info
 from mlora.factor import Factor
 from mlora.folder import complete, make_empty, remove
 from mlora.names import DEFAULT_ADAPTER
@@ -43,11 +43,6 @@ from parallel.reader import Reader
 from parallel.stages import as_chunks, union_over_stages
 from parallel.storage import read, read_pieces, write
 from parallel.together import on_rank_zero, together
-
-__all__ = [
-    "PREFIX", "Training", "adapter_config", "adapter_sharded_state", "checkpoints", "describe", "latest_checkpoint",
-    "load_checkpoint", "read_info", "save_checkpoint", "sharded_tensors",
-]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 

@@ -27,6 +27,7 @@ from mlora.pretrained import Pretrained
 from mlora.switch import check_no_tied_term, merged_adapter
 from parallel.pieces import BUCKET_BYTES, Piece, whole_tensors
 from parallel.stages import as_chunks, named_modules, union_over_stages
+from parallel.together import together
 
 Model = torch.nn.Module | Sequence[torch.nn.Module]
 
@@ -87,21 +88,27 @@ def iter_merged_tensors(
     found = list(banks(model))
     check_adapter_exists(found, adapter_name)
     check_no_tied_term(model, adapter_name)
+    # A module of no family may be on one stage alone.
+    pieces = together(lambda: list(_merged_pieces(model, found, adapter_name, base, is_merged=merged is not None)))
+    return whole_tensors(pieces, bucket_bytes)
+
+
+def _merged_pieces(
+    model: Model, found: Sequence[AdapterBank], adapter_name: str, base: Pretrained | None, is_merged: bool
+) -> Iterator[Piece]:
     everything = [*found, *(copies for _, copies in copied_modules(model))]
     of_adapters = {id(module) for bank in everything for module in bank.modules()}
-    pieces: list[Piece] = []
     for chunk in as_chunks(model):
         for name, module in named_modules(chunk):
             bank = getattr(module, "lora", None)
             adapter = bank.adapter(adapter_name) if isinstance(bank, AdapterBank) else None
             copies = module.copies if isinstance(module, CopiedModule) else None
             if copies is not None and adapter_name in copies.adapters:
-                pieces += copy_pieces(module, copies, adapter_name)
+                yield from copy_pieces(module, copies, adapter_name)
             elif base is not None and id(module) not in of_adapters:
-                pieces += module_pieces(name, module, None if merged else adapter, base)
+                yield from module_pieces(name, module, None if is_merged else adapter, base)
             elif base is None and adapter is not None:
-                pieces += changed_pieces(module, adapter, merged=merged is not None)
-    return whole_tensors(pieces, bucket_bytes)
+                yield from changed_pieces(module, adapter, merged=is_merged)
 
 
 def peft_config(model: Model, adapter_name: str = DEFAULT_ADAPTER, *, base_name: str | None = None) -> dict[str, Any]:

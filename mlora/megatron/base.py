@@ -12,7 +12,7 @@ All else is an error.
 import contextlib
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,13 +27,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.nn.modules.module import _IncompatibleKeys
 
-from mlora.checkpoint import PREFIX
 from mlora.damage import newest_first
-from mlora.description import ITERATION
+from mlora.description import ITERATION, PREFIX
 from mlora.options import flag
 from parallel.errors import DamagedError
 from parallel.reader import DIRECTORY, FORMAT_FILE, Reader
-from parallel.together import together
+from parallel.together import from_rank_zero
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +117,7 @@ def load_base(args: Namespace, chunks: Sequence[torch.nn.Module]) -> Path | None
     """
     from megatron.training.checkpointing import load_checkpoint
 
-    source = _from_rank_zero(lambda: Source.of(args))
+    source = from_rank_zero(lambda: Source.of(args))
     if check_is_distributed_checkpoint(str(source.checkpoint)):
         _check_same(source, chunks, lenient=args.dist_ckpt_strictness in _LENIENT)
     with _only_weights(args, source):
@@ -139,7 +138,7 @@ def check_no_adapter(args: Namespace) -> None:
     Raises:
         ValueError: a checkpoint that Megatron would load holds an adapter; on every rank alike.
     """
-    option = _from_rank_zero(lambda: _option_of_adapter(args))
+    option = from_rank_zero(lambda: _option_of_adapter(args))
     if option is not None:
         raise ValueError(
             f"{flag(option)} {getattr(args, option)} holds an adapter: give the --lora-... options that it was trained with"
@@ -271,7 +270,7 @@ def _shapes(checkpoint: Path) -> Shapes:
 
 
 def _check_same(source: Source, chunks: Sequence[torch.nn.Module], lenient: bool) -> None:
-    stored = _from_rank_zero(lambda: _shapes(source.checkpoint))
+    stored = from_rank_zero(lambda: _shapes(source.checkpoint))
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     wanted: Shapes = {}
     for chunk in chunks:
@@ -300,13 +299,6 @@ def _check_same(source: Source, chunks: Sequence[torch.nn.Module], lenient: bool
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{source.checkpoint} is not this model's base: {'; '.join(problems[:5])}{more}")
-
-
-def _from_rank_zero(find: Callable[[], T]) -> T:
-    """What ``find`` gives on rank 0, on every rank; an error there is every rank's."""
-    found = [together(lambda: find() if dist.get_rank() == 0 else None)]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]  # type: ignore[return-value]
 
 
 def _is_weight(key: str) -> bool:

@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.nn.modules.module import _IncompatibleKeys
 
-from mlora.attach import banks
+from mlora.attach import adapted_class, banks
 from mlora.checkpoint import adapter_config, describe, sharded_tensors
 from mlora.copies import copied_modules
 from mlora.description import INSIDE as DESCRIPTION
@@ -16,8 +16,6 @@ from mlora.description import PREFIX
 from mlora.factor import Factor
 from mlora.names import DEFAULT_ADAPTER, EMBEDDING, OUTPUT_LAYER
 from parallel.stages import union_over_stages
-
-_classes: dict[type, type] = {}
 
 
 class AdapterChunk:
@@ -69,10 +67,7 @@ def save_adapter_only(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     info = describe(chunks, DEFAULT_ADAPTER, iteration=0, base=None)
     facts = {**info, "training": False, "lora": adapter_config(chunks).to_dict()}
     for number, chunk in enumerate(chunks):
-        base = type(chunk)
-        if base not in _classes:
-            _classes[base] = type(f"Lora{base.__name__}", (AdapterChunk, base), {"__module__": base.__module__})
-        chunk.__class__ = _classes[base]
+        chunk.__class__ = adapted_class(type(chunk), AdapterChunk)
         chunk._mlora_description = facts  # type: ignore[assignment]
         chunk._mlora_is_first = number == 0  # type: ignore[assignment]
     return facts

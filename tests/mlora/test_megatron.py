@@ -28,9 +28,9 @@ from megatron.core.models.gpt import GPTModel
 
 import mlora
 from mlora import LoraConfig
-from mlora.checkpoint import PREFIX, checkpoints, load_checkpoint, read_info
+from mlora.checkpoint import load_checkpoint
 from mlora.conversion import open_adapter
-from mlora.description import read_lora_config
+from mlora.description import PREFIX, checkpoints, read_info, read_lora_config
 from mlora.megatron.arguments import add_lora_args, lora_config_from_args
 from mlora.megatron.chunk import DESCRIPTION, check_description, save_adapter_only
 from mlora.options import Lora

@@ -263,3 +263,17 @@ def refusals(rank: int, folder: Path) -> None:
 
 def test_what_cannot_be_streamed_is_named(tmp_path: Path) -> None:
     run_ranks(2, refusals, write_model(tmp_path / "base"))
+
+
+def unknown_on_the_last_stage(rank: int, folder: Path) -> None:
+    base = Pretrained.open(folder)
+    chunks = build_model(base, ParallelSizes(pipeline=2))
+    mlora.apply(chunks, LoraConfig(r=2), family=base.family)
+    if rank == 1:
+        chunks[0].decoder.layers[0].stray = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="stray"):
+        iter_merged_tensors(chunks, base=base)
+
+
+def test_a_module_that_the_family_has_not_ends_every_stage(tmp_path: Path) -> None:
+    run_ranks(2, unknown_on_the_last_stage, write_model(tmp_path / "base"), sizes=ParallelSizes(pipeline=2))
