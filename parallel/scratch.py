@@ -1,9 +1,5 @@
 """Memory for one value at a time, used again when the value is gone."""
 
-import sys
-
-_UNUSED = 2  # references to a block of which nothing is lent: the attribute, and the question how many there are
-
 
 class Scratch:
     """Lends the same memory again and again; where something still uses it, new memory instead, and the old stays with its user.
@@ -13,10 +9,17 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self._block = bytearray()
+        self._block = bytearray(1)
 
     def lend(self, size: int) -> memoryview:
         """``size`` bytes of any content, lent for as long as there is a tensor, an array or a view of them."""
-        if len(self._block) < size or sys.getrefcount(self._block) > _UNUSED:
-            self._block = bytearray(size)
+        if len(self._block) < size or self._is_lent():
+            self._block = bytearray(max(size, 1))
         return memoryview(self._block)[:size]
+
+    def _is_lent(self) -> bool:
+        try:  # Memory that is lent cannot change its size.
+            self._block.append(self._block.pop())
+        except BufferError:
+            return True
+        return False
