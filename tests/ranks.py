@@ -30,7 +30,8 @@ from parallel.sizes import ParallelSizes
 
 torch.set_num_threads(1)
 
-TIMEOUT_S = 30
+TIMEOUT_S = 30  # of a collective
+ANSWER_S = 4 * TIMEOUT_S
 
 
 @contextlib.contextmanager
@@ -65,6 +66,7 @@ def _work(
     args: tuple[Any, ...],
 ) -> None:
     faulthandler.enable()
+    faulthandler.dump_traceback_later(ANSWER_S - 10)  # Where a rank is that gives no answer.
     gc.freeze()  # Megatron collects garbage when it saves: spare it what came from the parent.
     # A forked child must not look like a torchrun worker of whatever started pytest.
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -112,8 +114,8 @@ def _collect(ends: list[Connection]) -> list[Any]:
     values: list[Any] = [None] * len(ends)
     waiting = {end: rank for rank, end in enumerate(ends)}
     while waiting:
-        ready = wait(list(waiting), timeout=4 * TIMEOUT_S)
-        assert ready, f"ranks {sorted(waiting.values())} gave no answer in {4 * TIMEOUT_S} s"
+        ready = wait(list(waiting), timeout=ANSWER_S)
+        assert ready, f"ranks {sorted(waiting.values())} gave no answer in {ANSWER_S} s"
         for end in ready:
             rank = waiting.pop(end)  # type: ignore[index]
             try:
