@@ -48,8 +48,7 @@ _RULES: list[tuple[Callable[[Any, LinearAdapter], bool], str]] = [
 
 def obstacle(module: Any, adapter: LinearAdapter) -> str | None:
     """What stands in the way of the fused path for this linear; None if nothing does."""
-    base = _obstacle_of_base(module)
-    return base if base is not None else next((why for holds, why in _RULES if not holds(module, adapter)), None)
+    return _obstacle_of_base(module) or next((why for holds, why in _RULES if not holds(module, adapter)), None)
 
 
 def _obstacle_of_base(module: Any) -> str | None:

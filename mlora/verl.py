@@ -51,9 +51,8 @@ def attach(
     """
     path, words = settings.get(_PATH), {key: value for key, value in settings.items() if key != _PATH}
     if path:
-        LoraConfig.from_dict(
-            words | {"lora_rank": words.get("lora_rank") or None}, "verl's settings"
-        )  # Is every word known?
+        # Only to know every word: the configuration is the saved adapter's.
+        LoraConfig.from_dict(words | {"lora_rank": words.get("lora_rank") or None}, "verl's settings")
         together(lambda: _check_same(SavedAdapter.open(path, base).config, settings))
         load_adapter(model, path, adapter_name, base=base)
         return list(model)

@@ -120,12 +120,10 @@ class Reader:
             raise ValueError(f"{self.folder}: {missing} elements of {key} are in no file")
 
     def _empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        size = shape.numel() * dtype.itemsize  # torch makes no tensor of a buffer of no bytes
-        return (
-            torch.frombuffer(self._scratch.lend(size), dtype=dtype).view(shape)
-            if size
-            else torch.empty(shape, dtype=dtype)
-        )
+        size = shape.numel() * dtype.itemsize
+        if not size:  # torch makes no tensor of a buffer of no bytes
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._scratch.lend(size), dtype=dtype).view(shape)
 
     def _stored(self, key: str, chunk: ChunkStorageMetadata, scratch: Scratch) -> torch.Tensor:
         """One of the pieces of the files."""

@@ -10,7 +10,6 @@ nothing but the reward can teach it.
 """
 
 import logging
-import os
 import sys
 import time
 import warnings
@@ -32,6 +31,7 @@ from mlora.objective import MicroBatches
 from mlora.pretrained import Pretrained
 from mlora.train import OptimizerSettings, Trainer
 from mlora_tools.failure import one_line_errors
+from mlora_tools.messages import own_rank
 from mlora_tools.options import Help, check_at_least, check_positive, parse
 from parallel.launch import distributed
 from parallel.sizes import ParallelSizes
@@ -199,7 +199,7 @@ def run(options: Options) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The example, on this rank; its exit code."""
-    rank = int(os.environ.get("RANK", 0))
+    rank = own_rank()
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(message)s")
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     warnings.simplefilter("ignore")  # Megatron's and torch's, to their developers.

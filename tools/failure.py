@@ -62,9 +62,11 @@ def _line(error: Exception) -> str | None:
         return message
     if isinstance(error, ValueError | AssertionError | RuntimeError) and module in _CHECKS:
         return message
-    if "EADDRINUSE" in message and _is_lost_contact(error):
-        return f"the port where the ranks should meet is in use on this host; choose another MASTER_PORT ({message})"
     if _is_lost_contact(error):
+        if "EADDRINUSE" in message:
+            return (
+                f"the port where the ranks should meet is in use on this host; choose another MASTER_PORT ({message})"
+            )
         return f"another rank has ended or cannot be reached; checkpoints that are complete stay usable ({message})"
     return None
 

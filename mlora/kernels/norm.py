@@ -186,11 +186,8 @@ def norm_products(
         dense,
         (mask or Mask.none()).arguments(),
         dropout=mask is not None,
-        block_t=tile.tokens,
-        block_n=tile.features,
         block_r=block_r,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     if dense:
         dA = dense_token_product(g[:, features : features + ranks], normed)
@@ -253,10 +250,7 @@ def norm_gradient(
         complete,
         (mask or Mask.none()).arguments(),
         dropout=mask is not None,
-        block_t=tile.tokens,
-        block_n=tile.features,
         block_r=block_r,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     return out

@@ -94,11 +94,8 @@ def token_product(
         per_split,
         (mask or Mask.none()).arguments(),
         dropout=mask is not None,
-        block_t=tile.tokens,
-        block_n=tile.features,
         block_r=block_r,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     return partial
 
@@ -166,11 +163,8 @@ def dropped_product(v: torch.Tensor, lora_A: torch.Tensor, mask: Mask) -> torch.
         lora_A.stride(0),
         run,
         mask.arguments(),
-        block_t=tile.tokens,
-        block_n=tile.features,
         block_r=block_r,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     return partial.sum(0).to(v.dtype)
 
@@ -224,10 +218,7 @@ def add_low_rank(g: torch.Tensor, lora_A: torch.Tensor, mask: Mask | None = None
         lora_A.stride(0),
         (mask or Mask.none()).arguments(),
         dropout=mask is not None,
-        block_t=tile.tokens,
-        block_n=tile.features,
         block_r=max(16, triton.next_power_of_2(ranks)),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     return out

@@ -183,12 +183,9 @@ def swiglu_backward(
         dense,
         (mask or Mask.none()).arguments(),
         dropout=mask is not None,
-        block_t=tile.tokens,
-        block_n=tile.features,
         block_r=block_r,
         block_s=block_s,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     if dense:
         dA = dense_token_product(d, activated)

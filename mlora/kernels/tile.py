@@ -20,6 +20,16 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What a kernel of such tiles is launched with."""
+        return {
+            "block_t": self.tokens,
+            "block_n": self.features,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
     def splits(self, tokens: int, columns: int, resident: int) -> tuple[int, int]:
         """(number of runs of tokens, tokens of a run) for programs of one run and one of ``columns`` column tiles each, of which a
         multiprocessor holds ``resident`` at a time."""
