@@ -5,7 +5,8 @@ With P = [W | B] (:mod:`mlora.packed`), v the input or its RMS norm, t ranks and
     forward    [v | s], s = v Aᵀ,  y = [v | s] Pᵀ
     backward   [g | d] = dy P,  dx from g + d A,  dA = dᵀ v,  dB = dyᵀ s
 
-Where this needs a copy of x or dy for its own sake, the shapes say what moves fewer bytes: the copy, or a pass over the result.
+With many ranks, each half of a gated linear multiplies its own alone, in a GEMM of its own (:attr:`Packed.fold`). Where this needs
+a copy of x or dy for its own sake, the shapes say what moves fewer bytes: the copy, or a pass over the result.
 With the adapter off, W alone is read, whatever another adapter has left beside it.
 
 | base | what is communicated, p columns wider than the frozen base's |
@@ -26,8 +27,9 @@ import torch
 from mlora.kernels.mask import Mask
 from mlora.kernels.norm import norm_gradient, norm_products
 from mlora.kernels.operand import RMSNORM, SWIGLU, low_product, make_operand
-from mlora.kernels.products import add_low_rank, is_dense, token_product
+from mlora.kernels.products import add_low_rank, token_product
 from mlora.kernels.swiglu import swiglu_backward
+from mlora.kernels.tile import adds_a_wave
 from mlora.linear import Geometry
 from mlora.packed import Packed
 from parallel import collectives
@@ -59,9 +61,8 @@ class FusedLinear(torch.autograd.Function):
         ``parameters`` are those of ``packed``, in its order; without them the adapter is off.
         """
         flat, mask = x.flatten(0, 1), _mask(geometry, x)
-        weight = packed.weight if parameters else packed.base
         now = bias if not geometry.row_parallel else None
-        y, low, rstd = _adapted(flat, weight, packed.padded_A if parameters else None, norm, now, mask, geometry)
+        y, low, rstd = _adapted(flat, packed, bool(parameters), norm, now, mask, geometry)
         y = _after_forward(y, geometry)
         if geometry.row_parallel and bias is not None:
             y += bias
@@ -86,7 +87,8 @@ class FusedLinear(torch.autograd.Function):
             g, d = _complete(dy, packed)
             dx, dA = g.view(ctx.shape), token_product(d, x, packed.ranks)
         else:
-            dx, dA = _input_and_A(_sum_over_ranks(dy @ packed.weight, geometry), x, rstd, low, packed.lora_A, ctx)
+            g = _sum_over_ranks(_input_gradient(dy, packed), geometry)
+            dx, dA = _input_and_A(g, x, rstd, low, packed.lora_A, ctx)
         dB = token_product(_low_for_dB(low, geometry), dy, packed.ranks)
         return dx, None, None, None, None, *packed.gradients(dA, dB)
 
@@ -106,7 +108,7 @@ class FusedMlp(torch.autograd.Function):
         """x [s, b, h] ([s/t, b, h] with sequence parallelism) -> y [s, b, h] likewise; ``parameters`` of fc1, then of fc2."""
         (first, second), (one, two) = packed, geometries
         flat, mask1 = x.flatten(0, 1), _mask(one, x)
-        between, low1, rstd = _adapted(flat, first.weight, first.padded_A, norm, None, mask1, one)
+        between, low1, rstd = _adapted(flat, first, True, norm, None, mask1, one)
         mask2 = _mask(two, between.view(-1, x.shape[1], between.shape[1]))
         operand, low2, _ = make_operand(between, second.padded_A, second.tail, kind=SWIGLU, mask=mask2)
         y = _after_forward(operand @ second.weight.T, two)
@@ -128,11 +130,13 @@ class FusedMlp(torch.autograd.Function):
         if _copies_dy(dy, second, ctx.mask2):
             (g, d), missing_A = _complete(dy, second), None
         else:
-            both, features = dy @ second.weight, between.shape[1] // 2
+            both, features = _input_gradient(dy, second), between.shape[1] // 2
             g, d, missing_A = both[:, :features], both[:, features : features + second.ranks], second.lora_A
         dB2 = token_product(_low_for_dB(low2, two), dy, second.ranks)
-        between, dA2, dB1, correlation = swiglu_backward(g, d, between, missing_A, low1, first.ranks, ctx.mask2)
-        g = _sum_over_ranks(between @ first.weight, one)
+        between, dA2, dB1, correlation = swiglu_backward(
+            g, d, between, missing_A, low1, first.ranks, first.halves, ctx.mask2
+        )
+        g = _sum_over_ranks(_input_gradient(between, first), one)
         correlation = _sum_over_ranks(correlation, one)
         dx, dA1 = _input_and_A(g, x, rstd, low1, first.lora_A, ctx, correlation)
         return dx, None, None, None, *first.gradients(dA1, dB1), *second.gradients(dA2, dB2)
@@ -140,40 +144,75 @@ class FusedMlp(torch.autograd.Function):
 
 def _adapted(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    padded_A: torch.Tensor | None,
+    packed: Packed,
+    active: bool,
     norm: Norm | None,
     bias: torch.Tensor | None,
     mask: Mask | None,
     geometry: Geometry,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y before the base's sum over the ranks, s of all tokens that y is of, rstd) of x [T, in] and [W | B], or W if the adapter is
-    off: then s has no columns."""
-    features = x.shape[1]
-    tail = weight.shape[1] - features
-    if norm is None and not geometry.gathers and (padded_A is None or features >= weight.shape[0]):
-        if padded_A is None:
-            return _product(x, weight, bias), x[:, :0], x.new_empty(0)
-        low = low_product(x, padded_A, mask)
-        y = _product(low, weight[:, features:], bias)
-        return y.addmm_(x, weight[:, :features].T), low, x.new_empty(0)
-    operand, low, rstd = _operand(x, padded_A, tail, norm, mask)
+    """(y before the base's sum over the ranks, s of all tokens that y is of, rstd) of x [T, in]; not active, s has no columns."""
+    out, features = packed.base.shape
+    if norm is None and not geometry.gathers and (not active or features >= out):
+        if not active:
+            return _product(x, packed.base, bias), x[:, :0], x.new_empty(0)
+        low = low_product(x, packed.padded_A, mask)
+        y = _product(low, packed.weight[:, features:], bias)
+        return y.addmm_(x, packed.base.T), low, x.new_empty(0)
+    A, tail = (packed.padded_A, packed.tail) if active else (None, 0)
+    if norm is None:
+        operand, low, rstd = make_operand(x, A, tail, mask=mask)
+    else:
+        operand, low, rstd = make_operand(x, A, tail, kind=RMSNORM, norm_weight=norm.weight, eps=norm.eps, mask=mask)
     if geometry.gathers:
         operand = collectives.all_gather(operand, geometry.group)
         low = operand[:, features:].contiguous()
-    return _product(operand, weight, bias), low, rstd
+    if active and packed.fold:
+        return _folded_product(operand, low, packed, bias), low, rstd
+    return _product(operand, packed.weight if active else packed.base, bias), low, rstd
+
+
+def _folded_product(
+    operand: torch.Tensor, low: torch.Tensor, packed: Packed, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """y of ``[v | s]``, each half of its columns with its own ranks alone; s in the operand is used up."""
+    out, features = packed.base.shape
+    y = operand.new_empty(operand.shape[0], out)
+    width = features + packed.fold
+    for number, (first, count) in enumerate(packed.halves):
+        half = slice(number * out // 2, (number + 1) * out // 2)
+        if number or first:
+            operand[:, features : features + count] = low[:, first : first + count]
+        torch.mm(operand[:, :width], packed.weight[half, :width].T, out=y[:, half])
+    return y if bias is None else y.add_(bias)
+
+
+def _input_gradient(dy: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """``[g | d]`` [T, in + p] = dy ``[W | B]``: by one GEMM, or where its columns make it run a wave longer, by one for each."""
+    out, features = packed.base.shape
+    if not packed.fold and not adds_a_wave(dy.shape[0], features, packed.tail):
+        return dy @ packed.weight
+    both = dy.new_empty(dy.shape[0], features + packed.tail)
+    torch.mm(dy, packed.base, out=both[:, :features])
+    if not packed.fold:
+        torch.mm(dy, packed.weight[:, features:], out=both[:, features:])
+        return both
+    for number, (first, count) in enumerate(packed.halves):
+        half = slice(number * out // 2, (number + 1) * out // 2)
+        d = both[:, features + first : features + first + count]
+        torch.mm(dy[:, half], packed.weight[half, features : features + count], out=d)
+    return both
 
 
 def _copies_dy(dy: torch.Tensor, packed: Packed, mask: Mask | None) -> bool:
     """Whether to copy dy beside d for a product with ``[W; A]`` moves less than to add d A to what its product with W gave."""
-    return mask is None and (is_dense(packed.ranks, mask) or 2 * packed.base.shape[1] > 3 * dy.shape[1])
+    return mask is None and 2 * packed.base.shape[1] > 3 * dy.shape[1]
 
 
 def _complete(dy: torch.Tensor, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
     """(g + d A, d) of a linear without dropout whose dy [T, out] is whole."""
     out, features = packed.base.shape
-    wide = dy.new_empty(dy.shape[0], out + packed.tail)
-    wide[:, :out] = dy
+    wide, _, _ = make_operand(dy, None, packed.tail)
     torch.mm(dy, packed.weight[:, features:], out=wide[:, out:])
     return wide @ packed.upright, wide[:, out : out + packed.ranks]
 
@@ -182,14 +221,6 @@ def _mask(geometry: Geometry, x: torch.Tensor) -> Mask | None:
     if geometry.dropout is None:
         return None
     return Mask.of(geometry.dropout, x.shape[1], geometry.first_token(x.shape[0]), geometry.first_feature)
-
-
-def _operand(
-    x: torch.Tensor, padded_A: torch.Tensor | None, tail: int, norm: Norm | None, mask: Mask | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if norm is None:
-        return make_operand(x, padded_A, tail, mask=mask)
-    return make_operand(x, padded_A, tail, kind=RMSNORM, norm_weight=norm.weight, eps=norm.eps, mask=mask)
 
 
 def _product(operand: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -13,6 +13,7 @@ from mlora.adapter import LinearAdapter
 from mlora.kernels.packing import RowTables, pack, sums
 
 _ALIGNMENT = 64  # elements: a GEMM's K that is no multiple of this costs more than the columns themselves
+_FEW = 128  # columns of B: with no more, two GEMMs in place of one cost more than its zeros
 
 
 class Buffer:
@@ -48,6 +49,9 @@ class Packed:
         upright: [W; A] [out + p, in].
         padded_A, lora_A: [p, in], zero past R, and its first R rows.
         ranks, tail: R and p.
+        halves: (first, number) of the ranks that the first half of the rows has, and the second: gate and up of a gated linear.
+        fold: if the halves have many ranks each, the columns that B has in place of p: both halves' begin at the first, so that a
+            GEMM for each half multiplies no zeros. Else 0.
     """
 
     def __init__(self, weight: torch.nn.Parameter, adapter: LinearAdapter, buffer: Buffer | None) -> None:
@@ -55,7 +59,7 @@ class Packed:
         self.dtype = adapter.dtype
         self._starts = _starts(adapter)
         self.ranks = max(start + adapter.ranks[part] for part, start in self._starts.items())
-        self.tail = -(-self.ranks // _ALIGNMENT) * _ALIGNMENT
+        self.tail = _aligned(self.ranks)
         rows, features = weight.shape
         self.buffer = buffer if buffer is not None and buffer.tail >= self.tail else Buffer(weight, self.tail)
         self.buffer.packed[adapter] = self
@@ -149,8 +153,8 @@ class Packed:
         return result
 
     def _make_tables(self, rows: int, adapter: LinearAdapter) -> None:
-        tables = torch.zeros(5, rows, dtype=torch.int32)
-        part, place, start, count, offset = tables
+        tables = torch.zeros(6, rows, dtype=torch.int32)
+        part, place, start, count, offset, column = tables
         scaling, at = torch.empty(self.ranks), 0
         for name, first in self._starts.items():
             scaling[first : first + adapter.ranks[name]] = adapter.scaling[name]
@@ -160,9 +164,30 @@ class Packed:
             part[index], place[index], offset[index] = number, own, at + own * rank
             start[index], count[index] = self._starts[name], rank
             at += length * rank
+        self.halves = [(int(start[row]), int(count[row])) for row in (0, rows // 2)]
+        column.copy_(start)
+        self.fold = _fold(start, count, self.tail)
+        if self.fold:
+            column.zero_()
         self._elements = at
         self._scaling = scaling.to(self.weight.device)
         self._tables = RowTables(*tables.to(self.weight.device))
+
+
+def _fold(start: torch.Tensor, count: torch.Tensor, tail: int) -> int:
+    """:attr:`Packed.fold`, from the first rank and the number of ranks of each row."""
+    halves = list(zip(start.chunk(2), count.chunk(2), strict=True))
+    uniform = all(len(first.unique()) == len(number.unique()) == 1 for first, number in halves)
+    if tail <= _FEW or len(start) % 2 or not uniform:
+        return 0
+    (gate, gate_ranks), (up, up_ranks) = ((int(first[0]), int(number[0])) for first, number in halves)
+    if gate_ranks == 0 or up_ranks == 0 or gate == up:
+        return 0
+    return _aligned(max(gate_ranks, up_ranks))
+
+
+def _aligned(ranks: int) -> int:
+    return -(-ranks // _ALIGNMENT) * _ALIGNMENT
 
 
 def _starts(adapter: LinearAdapter) -> dict[str, int]:

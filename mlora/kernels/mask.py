@@ -21,19 +21,23 @@ def _join(low, high):
 
 
 @triton.jit
-def dropped(v, token, column, mask):
-    """A tile v [tokens, columns] with its dropped elements at zero and the others scaled, float32.
+def kept(token, column, mask):
+    """Which elements of a tile [tokens, columns] are not dropped.
 
     Tokens count over [s, b], b fastest; ``mask`` is :meth:`Mask.arguments`.
     """
-    token0, token1, low0, low1, high0, high1, least0, least1, rows_in_batch, row_length, first_feature, keep_scale = (
-        mask
-    )
+    token0, token1, low0, low1, high0, high1, least0, least1, rows_in_batch, row_length, first_feature, _ = mask
     place = _join(token0, token1) + (token // rows_in_batch + token % rows_in_batch * row_length).to(tl.uint32)
     token_hash = _mix(place ^ _join(low0, low1))
     feature_hash = _mix((first_feature + column).to(tl.uint32) ^ _join(high0, high1))
-    kept = _mix(token_hash[:, None] ^ feature_hash[None, :]) >= _join(least0, least1)
-    return tl.where(kept, v.to(tl.float32) * keep_scale, 0.0)
+    x = (token_hash[:, None] ^ feature_hash[None, :]) * 0x7FEB352D
+    return (x ^ (x >> 15)) * 0x846CA68B >= _join(least0, least1)
+
+
+@triton.jit
+def keep_scale(mask):
+    """What the elements that are kept are multiplied by."""
+    return mask[11]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mlora.kernels.mask import Mask, dropped
-from mlora.kernels.products import dense_token_product, is_dense
+from mlora.kernels.mask import Mask, keep_scale, kept
+from mlora.kernels.products import BLOCK_R, block_of, dense_token_product, is_dense, low_rank_product
 from mlora.kernels.tile import Tile
 
 
@@ -22,7 +22,6 @@ def _norm_products(
     norm_weight,
     rstd,
     dA,
-    normed,
     correlation,
     tokens,
     features: tl.constexpr,
@@ -54,16 +53,16 @@ def _norm_products(
         if correlate:
             dv = tl.load(g + base * (features + tail) + column[None, :], mask=valid, other=0.0).to(tl.float32)
             tl.store(correlation + columns * tokens + row, tl.sum(dv * v, 1), mask=row < tokens)
-        if dense:
-            tl.store(normed + base * features + column[None, :], v.to(x.dtype.element_ty), mask=valid)
-        else:
+        if not dense:
             if dropout:
-                v = dropped(v, row, column, mask)
+                v = tl.where(kept(row, column, mask), v, 0.0)
             # Loaded as the product wants it: a transposition in registers costs more than the product.
             d_at = row.to(tl.int64)[None, :] * (features + tail) + features + rank[:, None]
             d_t = tl.load(g + d_at, mask=(row[None, :] < tokens) & (rank[:, None] < ranks), other=0.0)
             total = tl.dot(d_t, v.to(x.dtype.element_ty), total)
     if not dense:
+        if dropout:
+            total *= keep_scale(mask)
         at = (split * ranks + rank[:, None]) * features + column[None, :]
         tl.store(dA + at, total, mask=(rank[:, None] < ranks) & (column[None, :] < features))
 
@@ -85,12 +84,14 @@ def _correlation(
 ):
     row = tl.program_id(0) * block_t + tl.arange(0, block_t)
     inside, base = row[:, None] < tokens, row.to(tl.int64)[:, None]
-    rank = tl.arange(0, block_r)
+    total = tl.zeros((block_t,), tl.float32)
     # Σ dv · v = Σ g · v + d · s, because (d A) · v = d · (v Aᵀ).
-    valid = inside & (rank[None, :] < ranks)
-    d = tl.load(g + base * (features + tail) + features + rank[None, :], mask=valid, other=0.0).to(tl.float32)
-    s = tl.load(low + base * tail + rank[None, :], mask=valid, other=0.0).to(tl.float32)
-    total = tl.sum(d * s, 1)
+    for start in range(0, ranks, block_r):
+        rank = start + tl.arange(0, block_r)
+        valid = inside & (rank[None, :] < ranks)
+        d = tl.load(g + base * (features + tail) + features + rank[None, :], mask=valid, other=0.0).to(tl.float32)
+        s = tl.load(low + base * tail + rank[None, :], mask=valid, other=0.0).to(tl.float32)
+        total += tl.sum(d * s, 1)
     for start in range(0, columns, block_c):
         column = start + tl.arange(0, block_c)
         valid_parts = (column[:, None] < columns) & (row[None, :] < tokens)
@@ -113,7 +114,6 @@ def _norm_gradient(
     tail: tl.constexpr,
     x_stride: tl.constexpr,
     A_stride: tl.constexpr,
-    complete: tl.constexpr,
     mask,
     dropout: tl.constexpr,
     block_t: tl.constexpr,
@@ -122,21 +122,16 @@ def _norm_gradient(
 ):
     row = tl.program_id(0) * block_t + tl.arange(0, block_t)
     column = tl.program_id(1) * block_n + tl.arange(0, block_n)
-    rank = tl.arange(0, block_r)
     inside, base = row[:, None] < tokens, row.to(tl.int64)[:, None]
     valid = inside & (column[None, :] < features)
     factor = tl.load(rstd + row, mask=row < tokens, other=0.0)[:, None]
     mean = tl.load(correlation + row, mask=row < tokens, other=0.0)[:, None] / features
-    dv = tl.load(g + base * (features + tail) + column[None, :], mask=valid, other=0.0).to(tl.float32)
-    if not complete:
-        d_valid = inside & (rank[None, :] < ranks)
-        d = tl.load(g + base * (features + tail) + features + rank[None, :], mask=d_valid, other=0.0)
-        a_valid = (rank[:, None] < ranks) & (column[None, :] < features)
-        a = tl.load(lora_A + rank[:, None] * A_stride + column[None, :], mask=a_valid, other=0.0)
-        product = tl.dot(d, a)
-        if dropout:
-            product = dropped(product, row, column, mask)
-        dv += product
+    product = low_rank_product(
+        g + features, features + tail, row, tokens, lora_A, A_stride, column, features, ranks, block_t, block_n, block_r
+    )
+    if dropout:
+        product = tl.where(kept(row, column, mask), product * keep_scale(mask), 0.0)
+    dv = tl.load(g + base * (features + tail) + column[None, :], mask=valid, other=0.0).to(tl.float32) + product
     scale = tl.load(norm_weight + column, mask=column < features, other=0.0).to(tl.float32)[None, :]
     xhat = tl.load(x + base * x_stride + column[None, :], mask=valid, other=0.0).to(tl.float32) * factor
     dx = factor * (dv * scale - xhat * mean)
@@ -162,35 +157,43 @@ def norm_products(
     tokens, features = x.shape
     dense = is_dense(ranks, mask)
     block_r = max(16, triton.next_power_of_2(ranks))
-    tile = Tile(64, 64, 4, 3) if block_r <= 64 else Tile(64, 128, 8, 2) if block_r <= 256 else Tile(64, 64, 8, 2)
-    columns = triton.cdiv(features, tile.features)
-    splits, per_split = tile.splits(tokens, columns, 3 if block_r <= 64 else 1)
-    dA = torch.empty(splits if not dense else 0, ranks, features, dtype=torch.float32, device=g.device)
-    normed = x.new_empty(tokens if dense else 0, features)
-    parts = torch.empty(columns if correlation is None else 0, tokens, dtype=torch.float32, device=g.device)
-    _norm_products[(columns, splits)](
-        g,
-        x,
-        norm_weight,
-        rstd,
-        dA,
-        normed,
-        parts,
-        tokens,
-        features,
-        ranks,
-        g.shape[1] - features,
-        x.stride(0),
-        per_split,
-        correlation is None,
-        dense,
-        (mask or Mask.none()).arguments(),
-        dropout=mask is not None,
-        block_r=block_r,
-        **tile.options,
-    )
     if dense:
-        dA = dense_token_product(g[:, features : features + ranks], normed)
+        tile, resident = Tile(64, 128, 8, 3), 4
+    elif block_r > 64:
+        tile, resident = Tile(64, 128, 8, 2), 1
+    else:
+        tile, resident = Tile(64, 128, 4, 3) if mask is None else Tile(128, 64, 8, 3), 2
+    columns = triton.cdiv(features, tile.features)
+    summed = 0 if dense else ranks * 2 if correlation is None else ranks * 4
+    splits, per_split = tile.splits(tokens, columns, resident, summed)
+    dA = torch.empty(splits if not dense else 0, ranks, features, dtype=torch.float32, device=g.device)
+    parts = torch.empty(columns if correlation is None else 0, tokens, dtype=torch.float32, device=g.device)
+    if not dense or correlation is None:
+        _norm_products[(columns, splits)](
+            g,
+            x,
+            norm_weight,
+            rstd,
+            dA,
+            parts,
+            tokens,
+            features,
+            ranks,
+            g.shape[1] - features,
+            x.stride(0),
+            per_split,
+            correlation is None,
+            dense,
+            (mask or Mask.none()).arguments(),
+            dropout=mask is not None,
+            block_r=block_r,
+            **tile.options,
+        )
+    if dense:
+        # dᵀ (x · rstd · w) = ((d · rstd)ᵀ x) · w, so that nothing is as large as x but x.
+        d = x.new_empty(tokens, ranks)
+        torch.mul(g[:, features : features + ranks], rstd[:, None], out=d)
+        dA = dense_token_product(d, x, mask).float().mul_(norm_weight)
     if correlation is None:
         correlation = torch.empty(tokens, dtype=torch.float32, device=g.device)
         _correlation[(triton.cdiv(tokens, 32),)](
@@ -205,7 +208,7 @@ def norm_products(
             g.shape[1] - features,
             block_t=32,
             block_c=32,
-            block_r=block_r,
+            block_r=block_of(ranks),
             num_warps=4,
         )
     return dA, correlation
@@ -220,19 +223,15 @@ def norm_gradient(
     correlation: torch.Tensor,
     mask: Mask | None = None,
 ) -> torch.Tensor:
-    """The gradient of x [T, N] from ``[g | d]`` [T, N + p], which may be used up; the norm's weight is frozen.
+    """The gradient of x [T, N] from ``[g | d]`` [T, N + p]; the norm's weight is frozen.
 
     Args:
         correlation: dv · v of each token [T], float32.
     """
     tokens, features = x.shape
     ranks = lora_A.shape[0]
-    complete = is_dense(ranks, mask)
-    if complete:
-        g[:, :features].addmm_(g[:, features : features + ranks], lora_A)
     out = g.new_empty(tokens, features)
-    block_r = max(16, triton.next_power_of_2(ranks))
-    tile = Tile(64, 64, 4, 1) if block_r <= 64 else Tile(64, 128, 8, 1)
+    tile = Tile(64, 64, 4, 1) if ranks <= BLOCK_R else Tile(64, 128, 4, 3)
     _norm_gradient[(triton.cdiv(tokens, tile.tokens), triton.cdiv(features, tile.features))](
         g,
         x,
@@ -247,10 +246,9 @@ def norm_gradient(
         g.shape[1] - features,
         x.stride(0),
         lora_A.stride(0),
-        complete,
         (mask or Mask.none()).arguments(),
         dropout=mask is not None,
-        block_r=block_r,
+        block_r=block_of(ranks),
         **tile.options,
     )
     return out

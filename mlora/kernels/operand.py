@@ -75,7 +75,7 @@ def make_operand(
     Args:
         x: [T, N] ([T, 2 N] for SWIGLU), columns contiguous.
         lora_A: [p, N] with the scaling in it, zero past the R ranks; None for none.
-        tail: p, zero without A.
+        tail: p; without A, these columns are not set.
         norm_weight: [N], for RMSNORM.
         mask: of dropout on v in ``v Aᵀ``; None for none.
     """

@@ -40,7 +40,7 @@ def _pack_B(
     b2,
     part,
     index,
-    start,
+    first_column,
     count,
     out,
     out_stride,
@@ -55,7 +55,7 @@ def _pack_B(
     inside = row < rows
     which = tl.load(part + row, mask=inside, other=0)[:, None]
     own_ranks = tl.load(count + row, mask=inside, other=0)[:, None]
-    own = rank[None, :] - tl.load(start + row, mask=inside, other=0)[:, None]
+    own = rank[None, :] - tl.load(first_column + row, mask=inside, other=0)[:, None]
     at = tl.load(index + row, mask=inside, other=0)[:, None] * own_ranks + own
     valid = inside[:, None] & (own >= 0) & (own < own_ranks)
     value = tl.load(b0 + at, mask=valid & (which == 0), other=0.0)
@@ -83,7 +83,7 @@ def _pack(
     b2,
     part,
     index,
-    start,
+    first_column,
     count,
     B,
     B_stride,
@@ -98,7 +98,7 @@ def _pack(
         _pack_A(program, a0, a1, a2, scaling, A, A_stride, second, third, used, elements, features, block)
     else:
         program -= programs_A
-        _pack_B(program, b0, b1, b2, part, index, start, count, B, B_stride, rows, ranks, block_n, block_r)
+        _pack_B(program, b0, b1, b2, part, index, first_column, count, B, B_stride, rows, ranks, block_n, block_r)
 
 
 def pack(
@@ -110,7 +110,7 @@ def pack(
     B: torch.Tensor,
 ) -> None:
     """Fill A [p, N] with the projections' A [r, N] one below the other, times scaling [R]; and B [rows, p] from the projections' B
-    [rows of theirs, r]; with zeros elsewhere. Both are slices of a wider buffer."""
+    [rows of theirs, r], at each row's ``tables.column``; with zeros elsewhere. Both are slices of a wider buffer."""
     ends, used = [part.shape[0] for part in parts_A], scaling.shape[0]
     second = ends[0] if len(ends) > 1 else used
     third = second + ends[1] if len(ends) > 2 else used
@@ -132,7 +132,7 @@ def pack(
         *_three(parts_B or parts_A),
         tables.part,
         tables.index,
-        tables.start,
+        tables.column,
         tables.count,
         B,
         B.stride(0),
@@ -157,6 +157,7 @@ class RowTables:
         index: its row in that B.
         start, count: the first and the number of its ranks among the R; a count of 0 is a row without an adapter.
         offset: where its gradient begins in the B's laid one behind the other.
+        column: where its values begin in the buffer's columns of B.
     """
 
     part: torch.Tensor
@@ -164,6 +165,7 @@ class RowTables:
     start: torch.Tensor
     count: torch.Tensor
     offset: torch.Tensor
+    column: torch.Tensor
 
 
 @triton.jit

@@ -30,23 +30,33 @@ class Tile(NamedTuple):
             "num_stages": self.stages,
         }
 
-    def splits(self, tokens: int, columns: int, resident: int) -> tuple[int, int]:
-        """(number of runs of tokens, tokens of a run) for programs of one run and one of ``columns`` column tiles each, of which a
-        multiprocessor holds ``resident`` at a time."""
-        return _splits(self.tokens, tokens, columns, resident)
+    def splits(self, tokens: int, columns: int, resident: int, sums: int) -> tuple[int, int]:
+        """(number of runs of tokens, tokens of a run) for programs of one run and one of ``columns`` column tiles each.
+
+        Args:
+            resident: the programs that a multiprocessor holds at a time.
+            sums: of how many tokens the operands are as large as a program's sums, written and read again.
+        """
+        return _splits(self.tokens, tokens, columns, resident, sums)
 
 
 @lru_cache(maxsize=1024)
-def _splits(block: int, tokens: int, columns: int, resident: int) -> tuple[int, int]:
-    """The split whose last wave of programs is fullest, counting for each program the time to fill its pipeline."""
+def _splits(block: int, tokens: int, columns: int, resident: int, sums: int) -> tuple[int, int]:
+    """The split that takes least time: whole waves of programs, each of which fills its pipeline, loops and stores its sums."""
     best = None
-    # A run is long enough for its sums to be few beside what it reads.
     for wanted in range(1, max(1, tokens // max(256, 2 * block)) + 1):
         run = -(-tokens // (wanted * block)) * block
         splits = -(-tokens // run)
         waves = -(-columns * splits // (_MULTIPROCESSORS * resident))
-        cost = waves * (run + 2 * block)
+        cost = waves * (run + 2 * block + sums)
         if best is None or cost < best[0]:
             best = cost, splits, run
     assert best is not None
     return best[1:]
+
+
+def adds_a_wave(tokens: int, columns: int, more: int) -> bool:
+    """Whether ``more`` columns of the result make a large GEMM run a wave of cuBLAS's usual tiles longer."""
+    rows = -(-tokens // 256)
+    waves, longer = (-(-rows * -(-n // 128) // _MULTIPROCESSORS) for n in (columns, columns + more))
+    return longer > waves

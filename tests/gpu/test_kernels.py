@@ -13,7 +13,7 @@ from mlora.kernels.products import add_low_rank, token_product
 from mlora.kernels.swiglu import swiglu_backward
 
 TOKENS, EPS = 1536, 1e-5
-SHAPES = [(4096, 16), (4096, 48), (4096, 96), (14336, 16), (14336, 80), (1000, 7)]  # features, ranks
+SHAPES = [(4096, 16), (4096, 48), (4096, 96), (14336, 16), (14336, 80), (4096, 300), (1000, 7)]  # features, ranks
 DROPOUT = Dropout(0.1, key=0x1234_5678_9ABC_DEF0, first_row=3, length=TOKENS)
 Results = tuple[torch.Tensor, ...]
 
@@ -96,9 +96,8 @@ def test_gradients_of_the_input_and_of_A(features: int, ranks: int, dropout: Dro
     )  # fmt: skip
 
     def kernel() -> Results:
-        used = g.clone()
-        dA, ours = norm_products(used, x, w, rstd.float(), low, ranks, mask)
-        return dA.sum(0), ours, norm_gradient(used, x, w, rstd.float(), A[:ranks], ours, mask)
+        dA, ours = norm_products(g, x, w, rstd.float(), low, ranks, mask)
+        return dA.sum(0), ours, norm_gradient(g, x, w, rstd.float(), A[:ranks], ours, mask)
 
     check(kernel, (d.T @ dropped(v, dropout), correlation, dx))
 
@@ -108,7 +107,7 @@ def test_gradients_of_the_input_and_of_A(features: int, ranks: int, dropout: Dro
 @pytest.mark.parametrize(("features", "ranks"), SHAPES)
 def test_backward_of_swiglu(features: int, ranks: int, complete: bool, dropout: Dropout | None) -> None:
     A, tail = padded(random(ranks, features, scale=0.02))
-    low_ranks = 2 * ranks
+    low_ranks, halves = 2 * ranks, ((0, ranks), (ranks, ranks))
     low = random(TOKENS, -(-low_ranks // 64) * 64)
     both, y = random(TOKENS, features + tail), random(TOKENS, 2 * features)
     g, d = both[:, :features], both[:, features : features + ranks]
@@ -116,12 +115,15 @@ def test_backward_of_swiglu(features: int, ranks: int, complete: bool, dropout: 
     v = torch.nn.functional.silu(wide[:, :features]) * wide[:, features:]
     dv = g.double() if complete else g.double() + dropped(d.double() @ A[:ranks].double(), dropout)
     (dy,) = torch.autograd.grad(v, wide, dv)
-    dA, dB = d.double().T @ dropped(v.detach(), dropout), low[:, :low_ranks].double().T @ dy
+    dA = d.double().T @ dropped(v.detach(), dropout)
+    dB_gate = low[:, :ranks].double().T @ dy[:, :features]
+    dB_up = low[:, ranks:low_ranks].double().T @ dy[:, features:]
 
     def kernel() -> Results:
         out, dA, dB, correlation = swiglu_backward(
-            g, d, y, None if complete else A[:ranks], low, low_ranks, mask_of(dropout)
+            g, d, y, None if complete else A[:ranks], low, low_ranks, halves, mask_of(dropout)
         )
-        return out, dA.sum(0), dB.sum(0), correlation
+        sums = dB.sum(0)
+        return out, dA.sum(0), sums[:ranks, :features], sums[ranks:, features:], correlation
 
-    check(kernel, (dy, dA, dB, (dy * y.double()).sum(1)))
+    check(kernel, (dy, dA, dB_gate, dB_up, (dy * y.double()).sum(1)))

@@ -23,9 +23,13 @@ def kept(dropout: Dropout, *shape: int, first_token: int = 0, first_feature: int
     )  # fmt: skip
 
 
+def combine(x: int) -> int:
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    return (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+
+
 def mix(x: int) -> int:
-    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
-    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    x = combine(x ^ (x >> 16))
     return x ^ (x >> 16)
 
 
@@ -33,7 +37,7 @@ def reference(dropout: Dropout, row: int, token: int, feature: int) -> bool:
     """Whether an element is kept, in Python's integers: the definition that any kernel has to give."""
     token_hash = mix(((row * dropout.length + token) ^ dropout.key) & 0xFFFFFFFF)
     feature_hash = mix((feature ^ (dropout.key >> 32)) & 0xFFFFFFFF)
-    return mix(token_hash ^ feature_hash) >= dropout.probability * 2**32
+    return combine(token_hash ^ feature_hash) >= dropout.probability * 2**32
 
 
 @given(

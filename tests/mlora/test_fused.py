@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from mlora import fused
 from mlora.adapter import LinearAdapter
 from mlora.config import LoraConfig
 from mlora.dropout import set_micro_batch
@@ -35,6 +36,8 @@ CASES = [
     Case(FC1, targets=["up_proj"]),
     Case(FC2, rank=7),
     Case(QKV, rank=23),  # 69 ranks together: more than the kernels sum up themselves
+    Case(FC1, rank=70, bias=True),  # so many that each half is multiplied alone
+    Case(FC1, rank_pattern={"up_proj": 150}, dropout=0.3),
 ]
 
 
@@ -102,8 +105,8 @@ def linear_errors(case: Case, sizes: ParallelSizes, rank: int, normed: bool, nam
     return found | {f"{name} off": relative(z.double(), off), f"{name} off dx": relative(small.grad.double(), x.grad)}
 
 
-def mlp_errors(sizes: ParallelSizes, rank: int, dropout: float, ranks: int = 3) -> dict[str, float]:
-    fc1, fc2 = Case(FC1, dropout=dropout), Case(FC2, rank=ranks, dropout=dropout)
+def mlp_errors(sizes: ParallelSizes, rank: int, dropout: float, ranks: tuple[int, int] = (3, 3)) -> dict[str, float]:
+    fc1, fc2 = Case(FC1, rank=ranks[0], dropout=dropout), Case(FC2, rank=ranks[1], dropout=dropout)
     (_, first, layout1), (_, second, layout2) = build(fc1, sizes), build(fc2, sizes)
     first.train(), second.train()
     x = local_input(fc1, sizes, layout1, rank)
@@ -161,11 +164,15 @@ def all_errors(rank: int, sizes: ParallelSizes) -> dict[str, float]:
     found = {}
     for normed, dropout in ((False, 0.3), (True, 0.0)):
         found |= replicated_errors(sizes, rank, normed, dropout)
-    found |= mlp_errors(sizes, rank, 0.0) | mlp_errors(sizes, rank, 0.3) | mlp_errors(sizes, rank, 0.0, ranks=65)
+    for dropout in (0.0, 0.3):
+        for ranks in ((3, 3), (70, 65), (5, 130)):
+            found |= mlp_errors(sizes, rank, dropout, ranks)
     for case in CASES:
         for normed in (False, True) if case.name in (QKV, FC1) else (False,):
             found |= linear_errors(case, sizes, rank, normed, f"{case} norm {normed}")
-    return found
+    # At these sizes no product is a wave longer with p columns more: here as if each were.
+    fused.adds_a_wave = lambda *sizes: True
+    return found | linear_errors(Case(QKV, bias=True, dropout=0.3), sizes, rank, True, "two products for [g | d]")
 
 
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
