@@ -90,7 +90,7 @@ class FusedLinear(torch.autograd.Function):
             g = _sum_over_ranks(_input_gradient(dy, packed), geometry)
             dx, dA = _input_and_A(g, x, rstd, low, packed.lora_A, ctx)
         dB = token_product(_low_for_dB(low, geometry), dy, packed.ranks)
-        return dx, None, None, None, None, *packed.gradients(dA, dB)
+        return dx, None, None, None, None, *packed.gradients(dA, dB, ctx.norm and ctx.norm.weight)
 
 
 class FusedMlp(torch.autograd.Function):
@@ -139,7 +139,8 @@ class FusedMlp(torch.autograd.Function):
         g = _sum_over_ranks(_input_gradient(between, first), one)
         correlation = _sum_over_ranks(correlation, one)
         dx, dA1 = _input_and_A(g, x, rstd, low1, first.lora_A, ctx, correlation)
-        return dx, None, None, None, *first.gradients(dA1, dB1), *second.gradients(dA2, dB2)
+        factor = ctx.norm and ctx.norm.weight
+        return dx, None, None, None, *first.gradients(dA1, dB1, factor), *second.gradients(dA2, dB2)
 
 
 def _adapted(
@@ -268,7 +269,7 @@ def _input_and_A(
     ctx: Any,
     correlation: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dx in x's shape, partial sums of dA) from ``[g | d]`` for this rank's tokens."""
+    """(dx in x's shape, partial sums of dA but for the norm's weight) from ``[g | d]`` for this rank's tokens."""
     norm: Norm | None = ctx.norm
     if norm is None:
         if g.shape[1] == x.shape[1]:

@@ -140,9 +140,10 @@ class Packed:
         if self.buffer.filled_by is not self.adapter:
             self.fill()
 
-    def gradients(self, dA: torch.Tensor, dB: torch.Tensor) -> list[torch.Tensor]:
-        """The parameters' gradients from partial sums: dA [splits, R, in] and dB [splits, R, out]."""
-        whole_A, whole_B = sums(dA, dB, self._scaling, self._tables, self._elements, self.dtype)
+    def gradients(self, dA: torch.Tensor, dB: torch.Tensor, factor: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """The parameters' gradients from partial sums: dA [splits, R, in], each column of it times ``factor`` [in], and dB [splits,
+        R, out]."""
+        whole_A, whole_B = sums(dA, dB, self._scaling, self._tables, self._elements, self.dtype, factor)
         result, row, at = [], 0, 0
         for parameter in self._adapter.lora_A.values():
             result.append(whole_A[row : row + parameter.shape[0]])
@@ -177,7 +178,7 @@ class Packed:
 def _fold(start: torch.Tensor, count: torch.Tensor, tail: int) -> int:
     """:attr:`Packed.fold`, from the first rank and the number of ranks of each row."""
     halves = list(zip(start.chunk(2), count.chunk(2), strict=True))
-    uniform = all(len(first.unique()) == len(number.unique()) == 1 for first, number in halves)
+    uniform = all(bool((half == half[0]).all()) for pair in halves for half in pair)
     if tail <= _FEW or len(start) % 2 or not uniform:
         return 0
     (gate, gate_ranks), (up, up_ranks) = ((int(first[0]), int(number[0])) for first, number in halves)

@@ -33,6 +33,7 @@ from mlora_tools.bench_layers import (
     graphed,
     held,
     in_plain_torch,
+    launch_ms,
     layer_step,
     medians,
     prepared,
@@ -64,6 +65,7 @@ def layer_rows(tokens: int, rounds: int) -> dict[str, float]:
     times = medians(steps, rounds)
     rows = {"compilation of a layer's kernels, if not cached, s": first - second, "frozen layer, ms": times["frozen"]}
     rows |= {f"layer, {name}": time / times["frozen"] for name, time in times.items() if name != "frozen"}
+    rows |= {f"launching a layer, {name}, ms": launch_ms(steps[name]) for name in ("frozen", "LoRA r 16")}
     activations = {name: held(models[name], tokens) for name in ("frozen", "LoRA r 16", "LoRA r 64")}
     rows |= {
         f"activation memory, {name}": size / activations["frozen"]
@@ -76,17 +78,18 @@ def layer_rows(tokens: int, rounds: int) -> dict[str, float]:
 def graph_rows(rounds: int) -> dict[str, float]:
     """With CUDA graphs, where nothing waits for the CPU: few tokens, many, and one rank's piece at tensor parallel 8."""
     rows: dict[str, float] = {}
+    r16 = {"LoRA r 16": adapter(16)}
+    many = {f"LoRA r {rank}": adapter(rank) for rank in (16, 64, 128)}
     cases = (
-        ("1024 tokens", 1, 1024, (16,)),
-        ("8192 tokens", 1, 8192, (16, 64, 128)),
-        ("TP 8 shard shapes", 8, 8192, (16,)),
+        ("1024 tokens", 1, 1024, r16),
+        ("8192 tokens", 1, 8192, many | {"LoRA r 16, dropout 0.1": adapter(16, lora_dropout=0.1)}),
+        ("TP 8 shard shapes", 8, 8192, r16),
     )
-    for name, shards, tokens, ranks in cases:
+    for name, shards, tokens, adapters in cases:
         steps = {"frozen": graphed(layer_step(prepared(Layer(shards), None), tokens))}
-        steps |= {f"r {rank}": graphed(layer_step(prepared(Layer(shards), adapter(rank)), tokens)) for rank in ranks}
+        steps |= {key: graphed(layer_step(prepared(Layer(shards), lora), tokens)) for key, lora in adapters.items()}
         times = medians(steps, rounds, inner=4, ahead_ms=1.0)
-        for rank in ranks:
-            rows[f"layer, {name}, CUDA graph, LoRA r {rank}"] = times[f"r {rank}"] / times["frozen"]
+        rows |= {f"layer, {name}, CUDA graph, {key}": times[key] / times["frozen"] for key in adapters}
     return rows
 
 
@@ -116,6 +119,16 @@ def linear_rows(tokens: int, rounds: int) -> dict[str, float]:
             rows[f"{name}, error of {kind}, ours"] = ours
             rows[f"{name}, error of {kind}, plain bf16"] = theirs
     return rows
+
+
+def profiles(tokens: int) -> dict[str, float]:
+    """Where the time goes: in the layer, and in the linear of which LoRA is the greatest part."""
+    models: dict[str, Any] = {"frozen": prepared(Layer(), None), "LoRA r 16": prepared(Layer(), adapter(16))}
+    rows = profile_rows({name: layer_step(model, tokens) for name, model in models.items()})
+    found = {name: linears(model.decoder.layers[0])["4096 -> 4096"] for name, model in models.items()}
+    given = inputs(found["frozen"], tokens, INPUTS)
+    alone = profile_rows({name: linear_step(linear, *given) for name, linear in found.items()})
+    return rows | {f"4096 -> 4096: {name}": value for name, value in alone.items()}
 
 
 def peer_rows(tokens: int, rounds: int) -> dict[str, float]:
@@ -255,8 +268,7 @@ def _rows(section: str, arguments: argparse.Namespace) -> dict[str, float]:
     if section == "linear":
         return linear_rows(arguments.tokens, arguments.rounds)
     if section == "profile":
-        models = {"frozen": prepared(Layer(), None), "LoRA r 16": prepared(Layer(), adapter(16))}
-        return profile_rows({name: layer_step(model, arguments.tokens) for name, model in models.items()})
+        return profiles(arguments.tokens)
     if section == "peer":
         return peer_rows(arguments.tokens, arguments.rounds)
     return model_rows(arguments.tokens, arguments.layers)

@@ -20,6 +20,7 @@ _KINDS = {
     "cudnn": "attention",
     "_operand": "ours: v",
     "_dropped_product": "ours: dropped v A",
+    "_drop": "ours: dropped v",
     "_token_product": "ours: dA, dB alone",
     "_add_low_rank": "ours: dx + d A",
     "_norm_products": "ours: norm backward, dA",
@@ -46,7 +47,8 @@ def microseconds(step: Step) -> dict[str, float]:
         torch.cuda.synchronize()
     found: dict[str, float] = defaultdict(float)
     for event in profile.events() or ():
-        if str(event.device_type).endswith("CUDA"):
+        # What torch.compile notes around its kernels has a time, too: theirs again.
+        if str(event.device_type).endswith("CUDA") and not event.is_user_annotation:
             found[_kind(event.name)] += event.self_device_time_total / _STEPS
     return dict(found)
 

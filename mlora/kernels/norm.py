@@ -2,7 +2,7 @@
 
 | function | returns, with dv = g + d A |
 |---|---|
-| norm_products | dA = dᵀ dropout(v), and Σ dv · v of each token |
+| norm_products | dᵀ dropout(x̂), which is dA but for w, and Σ dv · v of each token |
 | norm_gradient | dx = rstd · (dv · w - x̂ · mean(dv · v)) |
 """
 
@@ -49,17 +49,17 @@ def _norm_products(
         inside, base = row[:, None] < tokens, row.to(tl.int64)[:, None]
         valid = inside & (column[None, :] < features)
         factor = tl.load(rstd + row, mask=row < tokens, other=0.0)[:, None]
-        v = tl.load(x + base * x_stride + column[None, :], mask=valid, other=0.0).to(tl.float32) * factor * scale
+        xhat = tl.load(x + base * x_stride + column[None, :], mask=valid, other=0.0).to(tl.float32) * factor
         if correlate:
             dv = tl.load(g + base * (features + tail) + column[None, :], mask=valid, other=0.0).to(tl.float32)
-            tl.store(correlation + columns * tokens + row, tl.sum(dv * v, 1), mask=row < tokens)
+            tl.store(correlation + columns * tokens + row, tl.sum(dv * xhat * scale, 1), mask=row < tokens)
         if not dense:
             if dropout:
-                v = tl.where(kept(row, column, mask), v, 0.0)
+                xhat = tl.where(kept(row, column, mask), xhat, 0.0)
             # Loaded as the product wants it: a transposition in registers costs more than the product.
             d_at = row.to(tl.int64)[None, :] * (features + tail) + features + rank[:, None]
             d_t = tl.load(g + d_at, mask=(row[None, :] < tokens) & (rank[:, None] < ranks), other=0.0)
-            total = tl.dot(d_t, v.to(x.dtype.element_ty), total)
+            total = tl.dot(d_t, xhat.to(x.dtype.element_ty), total)
     if not dense:
         if dropout:
             total *= keep_scale(mask)
@@ -148,7 +148,7 @@ def norm_products(
     mask: Mask | None = None,
     correlation: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(partial sums of A's gradient [splits, R, N], dv · v of each token [T]), float32, from ``[g | d]`` [T, N + p].
+    """(partial sums of ``dᵀ dropout(x̂)`` [splits, R, N], dv · v of each token [T] float32) from ``[g | d]`` [T, N + p].
 
     Args:
         low: s [T, p], as :func:`mlora.kernels.operand.make_operand` gave it.
@@ -162,7 +162,9 @@ def norm_products(
     elif block_r > 64:
         tile, resident = Tile(64, 128, 8, 2), 1
     else:
-        tile, resident = Tile(64, 128, 4, 3) if mask is None else Tile(128, 64, 8, 3), 2
+        tile, resident = (
+            (Tile(64, 128, 4, 3), 2) if mask is None or correlation is not None else (Tile(64, 64, 4, 2), 4)
+        )
     columns = triton.cdiv(features, tile.features)
     summed = 0 if dense else ranks * 2 if correlation is None else ranks * 4
     splits, per_split = tile.splits(tokens, columns, resident, summed)
@@ -190,10 +192,10 @@ def norm_products(
             **tile.options,
         )
     if dense:
-        # dᵀ (x · rstd · w) = ((d · rstd)ᵀ x) · w, so that nothing is as large as x but x.
+        # dᵀ (x · rstd) = (d · rstd)ᵀ x, so that nothing is as large as x but x.
         d = x.new_empty(tokens, ranks)
         torch.mul(g[:, features : features + ranks], rstd[:, None], out=d)
-        dA = dense_token_product(d, x, mask).float().mul_(norm_weight)
+        dA = dense_token_product(d, x, mask)
     if correlation is None:
         correlation = torch.empty(tokens, dtype=torch.float32, device=g.device)
         _correlation[(triton.cdiv(tokens, 32),)](

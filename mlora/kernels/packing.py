@@ -169,7 +169,9 @@ class RowTables:
 
 
 @triton.jit
-def _sum_A(program, partial, scaling, out, splits, elements, features, block: tl.constexpr, together: tl.constexpr):
+def _sum_A(
+    program, partial, scaling, factor, out, splits, elements, features, block: tl.constexpr, together: tl.constexpr
+):
     at = program * block + tl.arange(0, block)
     valid = at < elements
     total = tl.zeros((block,), tl.float32)
@@ -178,6 +180,8 @@ def _sum_A(program, partial, scaling, out, splits, elements, features, block: tl
             at_split = partial + (first + split) * elements + at
             total += tl.load(at_split, mask=valid & (first + split < splits), other=0.0).to(tl.float32)
     total *= tl.load(scaling + at // features, mask=valid, other=0.0)
+    if factor is not None:
+        total *= tl.load(factor + at % features, mask=valid, other=0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=valid)
 
 
@@ -216,6 +220,7 @@ def _sum_B(
 def _sums(
     dA,
     scaling,
+    factor,
     out_A,
     splits_A,
     elements,
@@ -235,14 +240,20 @@ def _sums(
 ):
     program, programs_A = tl.program_id(0), tl.cdiv(elements, block)
     if program < programs_A:
-        _sum_A(program, dA, scaling, out_A, splits_A, elements, features, block, together)
+        _sum_A(program, dA, scaling, factor, out_A, splits_A, elements, features, block, together)
     else:
         program -= programs_A
         _sum_B(program, dB, offset, start, count, out_B, splits_B, ranks, rows, block_n, block_r, together)
 
 
 def sums(
-    dA: torch.Tensor, dB: torch.Tensor, scaling: torch.Tensor, tables: RowTables, elements: int, dtype: torch.dtype
+    dA: torch.Tensor,
+    dB: torch.Tensor,
+    scaling: torch.Tensor,
+    tables: RowTables,
+    elements: int,
+    dtype: torch.dtype,
+    factor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients from partial sums over the tokens.
 
@@ -252,9 +263,10 @@ def sums(
         scaling: [R] float32.
         elements: of all projections' B.
         dtype: of the gradients.
+        factor: [N], of A's columns; None for ones.
 
     Returns:
-        ``scaling[r] · Σ_i dA[i, r, n]`` [R, N], and the projections' B gradients one behind the other, [elements].
+        ``scaling[r] · factor[n] · Σ_i dA[i, r, n]`` [R, N], and the projections' B gradients one behind the other, [elements].
     """
     splits_A, ranks, features = dA.shape
     splits_B, _, rows = dB.shape
@@ -264,6 +276,7 @@ def sums(
     _sums[(programs,)](
         dA,
         scaling,
+        factor,
         out_A,
         splits_A,
         out_A.numel(),

@@ -20,7 +20,7 @@ from mlora.kernels.tile import Tile
 # fit its registers.
 _MANY_RANKS, _MANY_DROPPED_RANKS = 64, 256
 BLOCK_R = 64  # ranks that a tile of a product over them takes at a time
-_PROGRAMS = 528  # about, of dropped_product: four for each of an H200's multiprocessors
+_PROGRAMS = 264  # about, of dropped_product: two for each of an H200's multiprocessors
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def dropped_product(v: torch.Tensor, lora_A: torch.Tensor, mask: Mask) -> torch.
     if is_dense(tail, mask):
         return _dropped_copy(v, mask) @ lora_A.T
     block_r = max(16, triton.next_power_of_2(tail))
-    tile = Tile(64, 64, 4, 3) if block_r <= 64 else Tile(64, 64, 8, 2)
+    tile = Tile(64, 128, 4, 3) if block_r <= 64 else Tile(64, 64, 8, 2)
     rows = triton.cdiv(tokens, tile.tokens)
     splits = max(1, min(_PROGRAMS // rows, features // (4 * tile.features)))
     run = triton.cdiv(triton.cdiv(features, splits), tile.features) * tile.features
@@ -223,7 +223,8 @@ def low_rank_product(
 
 def block_of(ranks: int) -> int:
     """The ranks that :func:`low_rank_product` takes at a time."""
-    return min(BLOCK_R, max(16, triton.next_power_of_2(ranks)))
+    block: int = triton.next_power_of_2(ranks)
+    return min(BLOCK_R, max(16, block))
 
 
 @triton.jit

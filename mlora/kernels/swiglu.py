@@ -30,7 +30,7 @@ def _tile(ranks: int, dropout: bool) -> tuple[Tile, int]:
     if ranks > _MANY_RANKS:
         return Tile(32, 64, 4, 2), 7
     if dropout:
-        return (Tile(16, 128, 4, 4), 2) if ranks <= 32 else (Tile(32, 64, 8, 2), 1)
+        return (Tile(32, 64, 4, 3), 2) if ranks <= 32 else (Tile(32, 64, 8, 2), 1)
     return (Tile(32, 64, 4, 4), 2) if 32 < ranks <= 64 else (Tile(32, 128, 8, 3), 2 if ranks <= 32 else 1)
 
 

@@ -97,7 +97,7 @@ def test_gradients_of_the_input_and_of_A(features: int, ranks: int, dropout: Dro
 
     def kernel() -> Results:
         dA, ours = norm_products(g, x, w, rstd.float(), low, ranks, mask)
-        return dA.sum(0), ours, norm_gradient(g, x, w, rstd.float(), A[:ranks], ours, mask)
+        return dA.sum(0) * w, ours, norm_gradient(g, x, w, rstd.float(), A[:ranks], ours, mask)
 
     check(kernel, (d.T @ dropped(v, dropout), correlation, dx))
 
