@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # Transformer Engine asks for TF32, whatever torch is told.
 
@@ -11,6 +12,8 @@ os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # Transformer Engine asks for TF32, wh
 @pytest.fixture(scope="session", autouse=True)
 def one_rank() -> Iterator[None]:
     """This process as a world of its own."""
+    if not torch.cuda.is_available():
+        pytest.exit("tests/gpu needs a GPU with Transformer Engine; tests/ without it needs none", returncode=2)
     from parallel.launch import distributed
     from parallel.sizes import ParallelSizes
 

@@ -10,7 +10,7 @@ import torch
 
 from mlora import LoraConfig
 from mlora.te import ways
-from tests.gpu.test_training import BF16, FULL, ONE, TE, Off, much_worse, worst
+from tests.gpu.test_training import BF16, FULL, ONE, TE, much_worse, off
 from tests.mlora.conversion.adapters import write_peft as write_with_peft
 from tests.mlora.dpo.test_objective import PAIRS, batch_of, formula, plan, train_run
 from tests.mlora.dpo.test_objective import Run as Dpo
@@ -35,6 +35,7 @@ RUNS = {
         named=True,
     ),
 }
+LOCAL = {"transformer_impl": "local"}
 Metrics = list[dict[str, float]]
 
 
@@ -98,29 +99,34 @@ def test_training_is_pefts_with_the_published_loss(folder: Path, exact: Callable
     assert ours.evaluation[1] == PAIRS
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_in_bfloat16_it_is_as_exact_as_on_local_layers(
-    folder: Path, exact: Callable[[str], Trained], name: str
-) -> None:
+def test_in_bfloat16_it_is_as_exact_as_on_local_layers(folder: Path, exact: Callable[[str], Trained]) -> None:
     """The named reference is an adapter of float32, which is not fused and runs on the weights in their buffers."""
-    case, reference = RUNS[name].case, exact(name)
+    references = {name: exact(name) for name in RUNS}
     ours, theirs = (
-        train_pairs(folder, replace(RUNS[name], case=replace(case, overrides={**case.overrides, **BF16, **changes})))
-        for changes in ({}, {"transformer_impl": "local"})
+        {name: train_pairs(folder, bf16(run, **impl)) for name, run in RUNS.items()} for impl in ({}, LOCAL)
     )
-    assert not much_worse(*(errors_of(trained, reference) for trained in (ours, theirs)))
-    off, yardstick = (
-        max(abs(a[key] - b[key]) for a, b in zip(trained.metrics, reference.metrics, strict=True) for key in a)
+    assert not much_worse(*(errors_of(trained, references) for trained in (ours, theirs)), times=2)
+    rewards, yardstick = (
+        max(
+            abs(a[key] - b[key])
+            for name, reference in references.items()
+            for a, b in zip(trained[name].metrics, reference.metrics, strict=True)
+            for key in a
+        )
         for trained in (ours, theirs)
     )
-    assert off < 2 * yardstick + 0.02  # of rewards, which are numbers of about 1.
-    assert ours.ways == {"fused"}
+    assert rewards < 2 * yardstick + 0.02  # which are numbers of about 1
+    assert all(run.ways == {"fused"} for run in ours.values())
 
 
-def errors_of(trained: Trained, reference: Trained) -> Off:
-    found = worst(trained.run, reference.run)
-    loss, theirs = trained.evaluation[0], reference.evaluation[0]
-    return {**found, "losses": max(found["losses"], abs(loss - theirs) / theirs)}
+def bf16(dpo: Dpo, **overrides: Any) -> Dpo:
+    return replace(dpo, case=replace(dpo.case, overrides={**dpo.case.overrides, **BF16, **overrides}))
+
+
+def errors_of(trained: dict[str, Trained], references: dict[str, Trained]) -> dict[str, float]:
+    found = off(*({name: one.run for name, one in runs.items()} for runs in (trained, references)))
+    ends = [(trained[name].evaluation[0], reference.evaluation[0]) for name, reference in references.items()]
+    return {**found, "losses": max(found["losses"], *(abs(loss - theirs) / theirs for loss, theirs in ends))}
 
 
 def test_the_reference_is_the_policy_where_the_adapter_adds_nothing(folder: Path) -> None:

@@ -107,10 +107,12 @@ def off(runs: dict[str, Run], references: dict[str, Run]) -> dict[str, float]:
     return {kind: (sum(found) / len(found)) ** 0.5 for kind, found in squares.items()}
 
 
-def much_worse(ours: dict[str, float], yardstick: dict[str, float]) -> dict[str, tuple[float, float]]:
-    """The kinds of number of which ours are off by more than half as much again."""
+def much_worse(
+    ours: dict[str, float], yardstick: dict[str, float], times: float = 1.5
+) -> dict[str, tuple[float, float]]:
+    """The kinds of number of which ours are off by more than ``times`` as much; of few numbers, chance alone makes more of it."""
     return {
-        kind: (ours[kind], yardstick[kind]) for kind in KINDS if not ours[kind] < 1.5 * yardstick[kind] + 1e-3
+        kind: (ours[kind], yardstick[kind]) for kind in KINDS if not ours[kind] < times * yardstick[kind] + 1e-3
     }  # fmt: skip
 
 
@@ -138,7 +140,7 @@ def test_bfloat16_at_two_ranks(models: dict[str, Path], runs: dict[str, Run], la
     given = LAYOUTS[layout]
     ranks = run_gpu_ranks(2, train_all, models, cases, given, sizes=given.sizes)
     ours = {name: join([share[name] for share in ranks]) for name in cases}
-    assert not much_worse(off(ours, runs), off(together(models, cases), runs))
+    assert not much_worse(off(ours, runs), off(together(models, cases), runs), times=2)
 
 
 @pytest.mark.parametrize(
