@@ -12,7 +12,7 @@ import triton.language as tl
 
 from mlora.kernels.mask import Mask, keep_scale, kept
 from mlora.kernels.products import BLOCK_R, block_of, dense_token_product, is_dense, low_rank_product
-from mlora.kernels.tile import Tile
+from mlora.kernels.tile import Tile, cdiv, power_of_2
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def norm_products(
     """
     tokens, features = x.shape
     dense = is_dense(ranks, mask)
-    block_r = max(16, triton.next_power_of_2(ranks))
+    block_r = max(16, power_of_2(ranks))
     if dense:
         tile, resident = Tile(64, 128, 8, 3), 4
     elif block_r > 64:
@@ -165,7 +165,7 @@ def norm_products(
         tile, resident = (
             (Tile(64, 128, 4, 3), 2) if mask is None or correlation is not None else (Tile(64, 64, 4, 2), 4)
         )
-    columns = triton.cdiv(features, tile.features)
+    columns = cdiv(features, tile.features)
     summed = 0 if dense else ranks * 2 if correlation is None else ranks * 4
     splits, per_split = tile.splits(tokens, columns, resident, summed)
     dA = torch.empty(splits if not dense else 0, ranks, features, dtype=torch.float32, device=g.device)
@@ -198,7 +198,7 @@ def norm_products(
         dA = dense_token_product(d, x, mask)
     if correlation is None:
         correlation = torch.empty(tokens, dtype=torch.float32, device=g.device)
-        _correlation[(triton.cdiv(tokens, 32),)](
+        _correlation[(cdiv(tokens, 32),)](
             parts,
             g,
             low,
@@ -234,7 +234,7 @@ def norm_gradient(
     ranks = lora_A.shape[0]
     out = g.new_empty(tokens, features)
     tile = Tile(64, 64, 4, 1) if ranks <= BLOCK_R else Tile(64, 128, 4, 3)
-    _norm_gradient[(triton.cdiv(tokens, tile.tokens), triton.cdiv(features, tile.features))](
+    _norm_gradient[(cdiv(tokens, tile.tokens), cdiv(features, tile.features))](
         g,
         x,
         norm_weight,

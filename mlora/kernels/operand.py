@@ -17,6 +17,7 @@ import triton.language as tl
 from mlora.kernels.mask import Mask
 from mlora.kernels.products import dropped_product
 from mlora.kernels.swiglu import sigmoid
+from mlora.kernels.tile import cdiv, power_of_2
 
 COPY, RMSNORM, SWIGLU = 0, 1, 2
 
@@ -82,8 +83,8 @@ def make_operand(
     tokens, features = x.shape[0], x.shape[1] // (2 if kind == SWIGLU else 1)
     out = x.new_empty(tokens, features + tail)
     rstd = torch.empty(tokens if kind == RMSNORM else 0, dtype=torch.float32, device=x.device)
-    block = min(4096 if kind == RMSNORM else 2048, triton.next_power_of_2(features))
-    _operand[(tokens, 1 if kind == RMSNORM else triton.cdiv(features, block))](
+    block = min(4096 if kind == RMSNORM else 2048, power_of_2(features))
+    _operand[(tokens, 1 if kind == RMSNORM else cdiv(features, block))](
         x,
         norm_weight,
         rstd,

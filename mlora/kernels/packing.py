@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mlora.kernels.tile import cdiv
+
 _BLOCK = 1024  # elements of A of a program
 _BLOCK_N, _BLOCK_R = 64, 16  # rows and ranks of B
 _SUM_BLOCK, _TOGETHER = 256, 4  # elements of A of a program that sums, and the loads that it has under way
@@ -114,9 +116,9 @@ def pack(
     ends, used = [part.shape[0] for part in parts_A], scaling.shape[0]
     second = ends[0] if len(ends) > 1 else used
     third = second + ends[1] if len(ends) > 2 else used
-    programs = triton.cdiv(A.numel(), _BLOCK)
+    programs = cdiv(A.numel(), _BLOCK)
     if parts_B:
-        programs += triton.cdiv(B.shape[0], _BLOCK_N) * triton.cdiv(B.shape[1], _BLOCK_R)
+        programs += cdiv(B.shape[0], _BLOCK_N) * cdiv(B.shape[1], _BLOCK_R)
     else:
         B.zero_()
     _pack[(programs,)](
@@ -272,7 +274,7 @@ def sums(
     splits_B, _, rows = dB.shape
     out_A = torch.empty(ranks, features, dtype=dtype, device=dA.device)
     out_B = torch.empty(elements, dtype=dtype, device=dA.device)
-    programs = triton.cdiv(out_A.numel(), _SUM_BLOCK) + triton.cdiv(rows, _BLOCK_N) * triton.cdiv(ranks, _BLOCK_R)
+    programs = cdiv(out_A.numel(), _SUM_BLOCK) + cdiv(rows, _BLOCK_N) * cdiv(ranks, _BLOCK_R)
     _sums[(programs,)](
         dA,
         scaling,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from mlora.kernels.mask import Mask, keep_scale, kept
-from mlora.kernels.tile import Tile
+from mlora.kernels.tile import Tile, cdiv, power_of_2
 
 # With more, cuBLAS is faster although it needs what a kernel had at hand; and with more under dropout, a kernel's sums no longer
 # fit its registers.
@@ -81,12 +81,12 @@ def token_product(
     if is_dense(ranks, mask):
         return dense_token_product(low[:, :ranks], wide, mask)
     tokens, features = wide.shape
-    block_r = max(16, triton.next_power_of_2(ranks))
+    block_r = max(16, power_of_2(ranks))
     if block_r > 64:
         tile, resident = Tile(64, 128, 8, 3), 1
     else:
         tile, resident = (Tile(64, 64, 4, 4), 3) if mask is None else (Tile(32, 128, 4, 3), 4)
-    columns = triton.cdiv(features, tile.features)
+    columns = cdiv(features, tile.features)
     splits, per_split = tile.splits(tokens, columns, resident, sums=4 * ranks)
     partial = torch.empty(splits, ranks, features, dtype=torch.float32, device=wide.device)
     _token_product[(columns, splits)](
@@ -129,7 +129,7 @@ def _drop(v, out, features, v_stride, mask, block: tl.constexpr):
 def _dropped_copy(v: torch.Tensor, mask: Mask) -> torch.Tensor:
     (tokens, features), block = v.shape, 1024
     out = v.new_empty(tokens, features)
-    _drop[(tokens, triton.cdiv(features, block))](v, out, features, v.stride(0), mask.arguments(), block=block)
+    _drop[(tokens, cdiv(features, block))](v, out, features, v.stride(0), mask.arguments(), block=block)
     return out
 
 
@@ -170,12 +170,12 @@ def dropped_product(v: torch.Tensor, lora_A: torch.Tensor, mask: Mask) -> torch.
     (tokens, features), tail = v.shape, lora_A.shape[0]
     if is_dense(tail, mask):
         return _dropped_copy(v, mask) @ lora_A.T
-    block_r = max(16, triton.next_power_of_2(tail))
+    block_r = max(16, power_of_2(tail))
     tile = Tile(64, 128, 4, 3) if block_r <= 64 else Tile(64, 64, 8, 2)
-    rows = triton.cdiv(tokens, tile.tokens)
+    rows = cdiv(tokens, tile.tokens)
     splits = max(1, min(_PROGRAMS // rows, features // (4 * tile.features)))
-    run = triton.cdiv(triton.cdiv(features, splits), tile.features) * tile.features
-    splits = triton.cdiv(features, run)
+    run = cdiv(cdiv(features, splits), tile.features) * tile.features
+    splits = cdiv(features, run)
     partial = torch.empty(splits, tokens, tail, dtype=torch.float32, device=v.device)
     _dropped_product[(rows, splits)](
         v,
@@ -223,8 +223,7 @@ def low_rank_product(
 
 def block_of(ranks: int) -> int:
     """The ranks that :func:`low_rank_product` takes at a time."""
-    block: int = triton.next_power_of_2(ranks)
-    return min(BLOCK_R, max(16, block))
+    return min(BLOCK_R, max(16, power_of_2(ranks)))
 
 
 @triton.jit
@@ -261,7 +260,7 @@ def add_low_rank(g: torch.Tensor, lora_A: torch.Tensor, mask: Mask | None = None
     (tokens, width), (ranks, features) = g.shape, lora_A.shape
     out = g.new_empty(tokens, features)
     tile = Tile(64, 128, 4, 2) if ranks > BLOCK_R else Tile(64, 128, 4, 1) if mask is None else Tile(32, 128, 4, 1)
-    _add_low_rank[(triton.cdiv(tokens, tile.tokens), triton.cdiv(features, tile.features))](
+    _add_low_rank[(cdiv(tokens, tile.tokens), cdiv(features, tile.features))](
         g,
         lora_A,
         out,

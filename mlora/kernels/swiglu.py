@@ -20,7 +20,7 @@ import triton.language as tl
 
 from mlora.kernels.mask import Mask, keep_scale, kept
 from mlora.kernels.products import dense_token_product, low_rank_product
-from mlora.kernels.tile import Tile
+from mlora.kernels.tile import Tile, cdiv, power_of_2
 
 _MANY_RANKS = 128  # With more, the sums no longer fit the registers, and cuBLAS makes them from a copy of v.
 
@@ -177,11 +177,11 @@ def swiglu_backward(
     """
     (tokens, features), ranks = g.shape, d.shape[1]
     out = torch.empty_like(y)
-    block_r = max(16, triton.next_power_of_2(ranks))
-    block_s = max(16, triton.next_power_of_2(max(count for _, count in halves)))
+    block_r = max(16, power_of_2(ranks))
+    block_s = max(16, power_of_2(max(count for _, count in halves)))
     dense = max(block_r, block_s) > _MANY_RANKS
     tile, resident = _tile(max(block_r, block_s), mask is not None)
-    columns = triton.cdiv(features, tile.features)
+    columns = cdiv(features, tile.features)
     # Each of its elements takes part in five moves of 2 bytes; a sum is moved twice in 4 bytes.
     summed = (ranks + sum(count for _, count in halves)) * 8 // 10 if not dense else 0
     splits, per_split = tile.splits(tokens, columns, resident, summed)
