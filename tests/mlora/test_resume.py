@@ -23,6 +23,7 @@ from parallel.reader import Reader
 from parallel.sizes import ParallelSizes
 from tests import gpt
 from tests.ranks import run_ranks
+from tests.training import TOLERANCES
 
 STOP, END = 2, 4
 SETTINGS = {
@@ -195,12 +196,12 @@ def test_resumed_at_another_layout_goes_on_from_the_same_state(
     exact = dtype == torch.float32
     for expected, found in zip(record[0], continued[0], strict=True):
         assert found[:3] == pytest.approx(expected[:3], rel=1e-6 if exact else 2e-2, abs=0)
-    tensors, others = _content(end)[0], _content(tmp_path / end.name)[0]
-    for key, tensor in tensors.items():
-        if exact:
-            torch.testing.assert_close(
-                others[key], tensor, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
-            )
+    if exact:
+        before, tensors, others = (_content(checkpoint)[0] for checkpoint in (stop, end, tmp_path / end.name))
+        for key, tensor in tensors.items():
+            # By their norms: Adam makes a step of an element whose gradient is little but rounding, too.
+            moved, off = (float((tensor - other[key]).norm()) for other in (before, others))
+            assert off <= TOLERANCES["update"] * moved, f"{key}: {off} after {moved}"
 
 
 def _tamper(rank: int, sizes: ParallelSizes, checkpoint: Path, incomplete: Path) -> list[str]:
