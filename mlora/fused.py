@@ -182,8 +182,7 @@ def _folded_product(
     width = features + packed.fold
     for number, (first, count) in enumerate(packed.halves):
         half = slice(number * out // 2, (number + 1) * out // 2)
-        if number or first:
-            operand[:, features : features + count] = low[:, first : first + count]
+        operand[:, features : features + count] = low[:, first : first + count]
         torch.mm(operand[:, :width], packed.weight[half, :width].T, out=y[:, half])
     return y if bias is None else y.add_(bias)
 

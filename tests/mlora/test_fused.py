@@ -38,6 +38,9 @@ CASES = [
     Case(QKV, rank=23),  # 69 ranks together: more than the kernels sum up themselves
     Case(FC1, rank=70, bias=True),  # so many that each half is multiplied alone
     Case(FC1, rank_pattern={"up_proj": 150}, dropout=0.3),
+    Case(FC1, targets=["up_proj"], rank=130),
+    Case(QKV, rank=90, dropout=0.3),  # more ranks together than the kernels hold under dropout
+    Case(PROJ, rank=260, dropout=0.3),
 ]
 
 
