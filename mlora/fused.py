@@ -5,8 +5,8 @@ With P = [W | B] (:mod:`mlora.packed`), v the input or its RMS norm, t ranks and
     forward    [v | s], s = v Aᵀ,  y = [v | s] Pᵀ
     backward   [g | d] = dy P,  dx from g + d A,  dA = dᵀ v,  dB = dyᵀ s
 
-With many ranks, each half of a gated linear multiplies its own alone, in a GEMM of its own (:attr:`Packed.fold`). Where this needs
-a copy of x or dy for its own sake, the shapes say what moves fewer bytes: the copy, or a pass over the result.
+Where this needs a copy of x or dy for its own sake, the shapes say what moves fewer bytes: the copy, or a pass over the result.
+With many ranks, each half of a gated linear multiplies its own alone, in a GEMM of its own (:attr:`Packed.fold`).
 With the adapter off, W alone is read, whatever another adapter has left beside it.
 
 | base | what is communicated, p columns wider than the frozen base's |
@@ -154,7 +154,7 @@ def _adapted(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y before the base's sum over the ranks, s of all tokens that y is of, rstd) of x [T, in]; not active, s has no columns."""
     out, features = packed.base.shape
-    if norm is None and not geometry.gathers and (not active or features >= out):
+    if norm is None and not geometry.gathers and (not active or (features >= out and not packed.fold)):
         if not active:
             return _product(x, packed.base, bias), x[:, :0], x.new_empty(0)
         low = low_product(x, packed.padded_A, mask)
@@ -188,7 +188,10 @@ def _folded_product(
 
 
 def _input_gradient(dy: torch.Tensor, packed: Packed) -> torch.Tensor:
-    """``[g | d]`` [T, in + p] = dy ``[W | B]``: by one GEMM, or where its columns make it run a wave longer, by one for each."""
+    """``[g | d]`` [T, in + p] = dy ``[W | B]``: by one GEMM, or by two where d's columns would make it run a wave longer.
+
+    Where B is folded, by one and another for each half of d, whose columns past R are then not set.
+    """
     out, features = packed.base.shape
     if not packed.fold and not adds_a_wave(dy.shape[0], features, packed.tail):
         return dy @ packed.weight

@@ -2,15 +2,16 @@
 
     P = [[W, B], [A, 0]]  [out + p, in + p],   σ folded into A,   p = R rounded up to a multiple of 64
 
-``[x | x Aᵀ] [W | B]ᵀ`` is the adapted output, and dy [W | B] is ``[dy W | dy B]``: the base's input gradient and d. Where d is
-known, ``[dy | d] [W; A]`` is the adapted input gradient. The base's ``weight`` becomes a view of P under its own name; A and B are
-copied in again at every forward.
+``[x | x Aᵀ] [W | B]ᵀ`` is the adapted output, and dy [W | B] is ``[dy W | dy B]``: the base's input gradient and d, unless B is
+folded (:attr:`Packed.fold`), which takes a product for each half. Where d is known, ``[dy | d] [W; A]`` is the adapted input
+gradient. The base's ``weight`` becomes a view of P under its own name; A and B are copied in again at every forward.
 """
 
 import torch
 
 from mlora.adapter import LinearAdapter
 from mlora.kernels.packing import RowTables, pack, sums
+from mlora.kernels.tile import cdiv
 
 _ALIGNMENT = 64  # elements: a GEMM's K that is no multiple of this costs more than the columns themselves
 _FEW = 128  # columns of B: with no more, two GEMMs in place of one cost more than its zeros
@@ -49,7 +50,7 @@ class Packed:
         upright: [W; A] [out + p, in].
         padded_A, lora_A: [p, in], zero past R, and its first R rows.
         ranks, tail: R and p.
-        halves: (first, number) of the ranks that the first half of the rows has, and the second: gate and up of a gated linear.
+        halves: of a gated linear, (first, number) of the ranks of gate, the first half of its rows, and of up.
         fold: if the halves have many ranks each, the columns that B has in place of p: both halves' begin at the first, so that a
             GEMM for each half multiplies no zeros. Else 0.
     """
@@ -188,7 +189,7 @@ def _fold(start: torch.Tensor, count: torch.Tensor, tail: int) -> int:
 
 
 def _aligned(ranks: int) -> int:
-    return -(-ranks // _ALIGNMENT) * _ALIGNMENT
+    return cdiv(ranks, _ALIGNMENT) * _ALIGNMENT
 
 
 def _starts(adapter: LinearAdapter) -> dict[str, int]:

@@ -20,7 +20,6 @@ _KINDS = {
     "cudnn": "attention",
     "_operand": "ours: v",
     "_dropped_product": "ours: dropped v A",
-    "_drop": "ours: dropped v",
     "_token_product": "ours: dA, dB alone",
     "_add_low_rank": "ours: dx + d A",
     "_norm_products": "ours: norm backward, dA",

@@ -83,7 +83,7 @@ class Mask:
         return cls(0, 0, 0, 0, 1, 1, 0, 1.0)
 
     def arguments(self) -> tuple[int | float, ...]:
-        """What :func:`dropped` unpacks.
+        """What :func:`kept` unpacks.
 
         What changes from module to module and step to step goes as pairs of 16-bit numbers in floating point: Triton compiles a
         kernel anew for an integer that divides by 16, is 1 or does not fit 31 bits, and would do so for hours.

@@ -152,7 +152,7 @@ def norm_products(
 
     Args:
         low: s [T, p], as :func:`mlora.kernels.operand.make_operand` gave it.
-        correlation: dv · v where it is known already; then g is not read.
+        correlation: dv · v where it is known already; then only d is read of g.
     """
     tokens, features = x.shape
     dense = is_dense(ranks, mask)
@@ -192,9 +192,12 @@ def norm_products(
             **tile.options,
         )
     if dense:
-        # dᵀ (x · rstd) = (d · rstd)ᵀ x, so that nothing is as large as x but x.
-        d = x.new_empty(tokens, ranks)
-        torch.mul(g[:, features : features + ranks], rstd[:, None], out=d)
+        # dᵀ (x · rstd) = (d · rstd)ᵀ x, so that nothing is as large as x but x. In float16, whose range is small, x is scaled.
+        d = g[:, features : features + ranks]
+        if x.dtype == torch.float16:
+            x = torch.mul(x, rstd[:, None], out=torch.empty_like(x))
+        else:
+            d = torch.mul(d, rstd[:, None], out=x.new_empty(tokens, ranks))
         dA = dense_token_product(d, x, mask)
     if correlation is None:
         correlation = torch.empty(tokens, dtype=torch.float32, device=g.device)

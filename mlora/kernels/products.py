@@ -6,7 +6,7 @@
 | dropped_product | ``v Aᵀ``, of the dropped v | the low-rank columns under dropout |
 | add_low_rank | ``g + d A``, where ``[g \\| d]`` = dy ``[W \\| B]`` is one GEMM's result | the gradient of the input |
 
-Without dropout, cuBLAS does the second, and the first where there are many ranks.
+cuBLAS does the second without dropout, and both where there are many ranks: under dropout from a dropped copy.
 """
 
 import torch

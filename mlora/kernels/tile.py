@@ -12,7 +12,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def power_of_2(n: int) -> int:
-    """The smallest that is not below n, which is positive."""
+    """The smallest power of two that is not below n."""
     return 1 << (n - 1).bit_length()
 
 
