@@ -133,9 +133,7 @@ class FusedMlp(torch.autograd.Function):
             both, features = _input_gradient(dy, second), between.shape[1] // 2
             g, d, missing_A = both[:, :features], both[:, features : features + second.ranks], second.lora_A
         dB2 = token_product(_low_for_dB(low2, two), dy, second.ranks)
-        between, dA2, dB1, correlation = swiglu_backward(
-            g, d, between, missing_A, low1, first.ranks, first.halves, ctx.mask2
-        )
+        between, dA2, dB1, correlation = swiglu_backward(g, d, between, missing_A, low1, first.halves, ctx.mask2)
         g = _sum_over_ranks(_input_gradient(between, first), one)
         correlation = _sum_over_ranks(correlation, one)
         dx, dA1 = _input_and_A(g, x, rstd, low1, first.lora_A, ctx, correlation)
@@ -154,9 +152,10 @@ def _adapted(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y before the base's sum over the ranks, s of all tokens that y is of, rstd) of x [T, in]; not active, s has no columns."""
     out, features = packed.base.shape
-    if norm is None and not geometry.gathers and (not active or (features >= out and not packed.fold)):
-        if not active:
-            return _product(x, packed.base, bias), x[:, :0], x.new_empty(0)
+    as_it_is = norm is None and not geometry.gathers
+    if as_it_is and not active:
+        return _product(x, packed.base, bias), x[:, :0], x.new_empty(0)
+    if as_it_is and features >= out and not packed.fold:
         low = low_product(x, packed.padded_A, mask)
         y = _product(low, packed.weight[:, features:], bias)
         return y.addmm_(x, packed.base.T), low, x.new_empty(0)
@@ -180,8 +179,7 @@ def _folded_product(
     out, features = packed.base.shape
     y = operand.new_empty(operand.shape[0], out)
     width = features + packed.fold
-    for number, (first, count) in enumerate(packed.halves):
-        half = slice(number * out // 2, (number + 1) * out // 2)
+    for half, (first, count) in zip(_halves(out), packed.halves, strict=True):
         operand[:, features : features + count] = low[:, first : first + count]
         torch.mm(operand[:, :width], packed.weight[half, :width].T, out=y[:, half])
     return y if bias is None else y.add_(bias)
@@ -200,11 +198,14 @@ def _input_gradient(dy: torch.Tensor, packed: Packed) -> torch.Tensor:
     if not packed.fold:
         torch.mm(dy, packed.weight[:, features:], out=both[:, features:])
         return both
-    for number, (first, count) in enumerate(packed.halves):
-        half = slice(number * out // 2, (number + 1) * out // 2)
+    for half, (first, count) in zip(_halves(out), packed.halves, strict=True):
         d = both[:, features + first : features + first + count]
         torch.mm(dy[:, half], packed.weight[half, features : features + count], out=d)
     return both
+
+
+def _halves(size: int) -> tuple[slice, slice]:
+    return slice(0, size // 2), slice(size // 2, size)
 
 
 def _copies_dy(dy: torch.Tensor, packed: Packed, mask: Mask | None) -> bool:

@@ -167,25 +167,21 @@ class Packed:
             start[index], count[index] = self._starts[name], rank
             at += length * rank
         self.halves = [(int(start[row]), int(count[row])) for row in (0, rows // 2)]
-        column.copy_(start)
-        self.fold = _fold(start, count, self.tail)
-        if self.fold:
-            column.zero_()
+        self.fold = _fold(self.halves, start, count, self.tail)
+        if not self.fold:
+            column.copy_(start)
         self._elements = at
         self._scaling = scaling.to(self.weight.device)
         self._tables = RowTables(*tables.to(self.weight.device))
 
 
-def _fold(start: torch.Tensor, count: torch.Tensor, tail: int) -> int:
-    """:attr:`Packed.fold`, from the first rank and the number of ranks of each row."""
-    halves = list(zip(start.chunk(2), count.chunk(2), strict=True))
-    uniform = all(bool((half == half[0]).all()) for pair in halves for half in pair)
-    if tail <= _FEW or len(start) % 2 or not uniform:
+def _fold(halves: list[tuple[int, int]], start: torch.Tensor, count: torch.Tensor, tail: int) -> int:
+    """:attr:`Packed.fold`, if all rows of each half have its (first, number) of ranks."""
+    (gate, gate_ranks), (up, up_ranks) = halves
+    if tail <= _FEW or gate_ranks == 0 or up_ranks == 0 or gate == up:
         return 0
-    (gate, gate_ranks), (up, up_ranks) = ((int(first[0]), int(number[0])) for first, number in halves)
-    if gate_ranks == 0 or up_ranks == 0 or gate == up:
-        return 0
-    return _aligned(max(gate_ranks, up_ranks))
+    gated = torch.tensor(halves, dtype=start.dtype).repeat_interleave(len(start) // 2, dim=0)
+    return _aligned(max(gate_ranks, up_ranks)) if torch.equal(torch.stack([start, count], 1), gated) else 0
 
 
 def _aligned(ranks: int) -> int:

@@ -136,13 +136,9 @@ def one_mask() -> Iterator[None]:
         dropout.current_micro_batch = ask
 
 
+@one_mask()
 def graphed(step: Step) -> Step:
     """``step`` as a CUDA graph for each input."""
-    with one_mask():
-        return _graphed(step)
-
-
-def _graphed(step: Step) -> Step:
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

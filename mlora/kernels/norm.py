@@ -12,7 +12,7 @@ import triton.language as tl
 
 from mlora.kernels.mask import Mask, keep_scale, kept
 from mlora.kernels.products import BLOCK_R, block_of, dense_token_product, is_dense, low_rank_product
-from mlora.kernels.tile import Tile, cdiv, power_of_2
+from mlora.kernels.tile import Tile, cdiv, rank_block
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def norm_products(
     """
     tokens, features = x.shape
     dense = is_dense(ranks, mask)
-    block_r = max(16, power_of_2(ranks))
+    block_r = rank_block(ranks)
     if dense:
         tile, resident = Tile(64, 128, 8, 3), 4
     elif block_r > 64:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from mlora.kernels.mask import Mask, keep_scale, kept
-from mlora.kernels.tile import Tile, cdiv, power_of_2
+from mlora.kernels.tile import Tile, cdiv, rank_block
 
 # With more, cuBLAS is faster although it needs what a kernel had at hand; and with more under dropout, a kernel's sums no longer
 # fit its registers.
@@ -81,7 +81,7 @@ def token_product(
     if is_dense(ranks, mask):
         return dense_token_product(low[:, :ranks], wide, mask)
     tokens, features = wide.shape
-    block_r = max(16, power_of_2(ranks))
+    block_r = rank_block(ranks)
     if block_r > 64:
         tile, resident = Tile(64, 128, 8, 3), 1
     else:
@@ -170,7 +170,7 @@ def dropped_product(v: torch.Tensor, lora_A: torch.Tensor, mask: Mask) -> torch.
     (tokens, features), tail = v.shape, lora_A.shape[0]
     if is_dense(tail, mask):
         return _dropped_copy(v, mask) @ lora_A.T
-    block_r = max(16, power_of_2(tail))
+    block_r = rank_block(tail)
     tile = Tile(64, 128, 4, 3) if block_r <= 64 else Tile(64, 64, 8, 2)
     rows = cdiv(tokens, tile.tokens)
     splits = max(1, min(_PROGRAMS // rows, features // (4 * tile.features)))
@@ -223,7 +223,7 @@ def low_rank_product(
 
 def block_of(ranks: int) -> int:
     """The ranks that :func:`low_rank_product` takes at a time."""
-    return min(BLOCK_R, max(16, power_of_2(ranks)))
+    return min(BLOCK_R, rank_block(ranks))
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from mlora.kernels.mask import Mask, keep_scale, kept
 from mlora.kernels.products import dense_token_product, low_rank_product
-from mlora.kernels.tile import Tile, cdiv, power_of_2
+from mlora.kernels.tile import Tile, cdiv, rank_block
 
 _MANY_RANKS = 128  # With more, the sums no longer fit the registers, and cuBLAS makes them from a copy of v.
 
@@ -158,7 +158,6 @@ def swiglu_backward(
     y: torch.Tensor,
     lora_A: torch.Tensor | None,
     low: torch.Tensor,
-    low_ranks: int,
     halves: Sequence[tuple[int, int]],
     mask: Mask | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -171,16 +170,16 @@ def swiglu_backward(
         y: y1 [T, 2 F], the first linear's output.
         lora_A: A2 [R2, F] with the scaling in it; None if d A2 is in g.
         low: s1 [T, p1] of the first linear.
-        low_ranks: R1.
-        halves: (first, number) of the ranks that belong to gate, and to up.
+        halves: (first, number) of the R1 ranks that belong to gate, and to up.
         mask: of dropout on the second linear's input.
     """
     (tokens, features), ranks = g.shape, d.shape[1]
     out = torch.empty_like(y)
-    block_r = max(16, power_of_2(ranks))
-    block_s = max(16, power_of_2(max(count for _, count in halves)))
-    dense = max(block_r, block_s) > _MANY_RANKS
-    tile, resident = _tile(max(block_r, block_s), mask is not None)
+    low_ranks = max(first + count for first, count in halves)
+    block_r, block_s = rank_block(ranks), rank_block(max(count for _, count in halves))
+    most = max(block_r, block_s)
+    dense = most > _MANY_RANKS
+    tile, resident = _tile(most, mask is not None)
     columns = cdiv(features, tile.features)
     # Each of its elements takes part in five moves of 2 bytes; a sum is moved twice in 4 bytes.
     summed = (ranks + sum(count for _, count in halves)) * 8 // 10 if not dense else 0

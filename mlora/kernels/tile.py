@@ -16,6 +16,11 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def rank_block(ranks: int) -> int:
+    """The ranks of a tile that holds them all: a power of two, and as many as a product takes at least."""
+    return max(16, power_of_2(ranks))
+
+
 class Tile(NamedTuple):
     """The piece of one program, and how it runs.
 

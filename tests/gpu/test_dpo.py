@@ -10,7 +10,7 @@ import torch
 
 from mlora import LoraConfig
 from mlora.te import ways
-from tests.gpu.test_training import BF16, FULL, ONE, TE, much_worse, off
+from tests.gpu.test_training import BF16, FULL, ONE, TE, bf16, much_worse, off
 from tests.mlora.conversion.adapters import write_peft as write_with_peft
 from tests.mlora.dpo.test_objective import PAIRS, batch_of, formula, plan, train_run
 from tests.mlora.dpo.test_objective import Run as Dpo
@@ -103,7 +103,8 @@ def test_in_bfloat16_it_is_as_exact_as_on_local_layers(folder: Path, exact: Call
     """The named reference is an adapter of float32, which is not fused and runs on the weights in their buffers."""
     references = {name: exact(name) for name in RUNS}
     ours, theirs = (
-        {name: train_pairs(folder, bf16(run, **impl)) for name, run in RUNS.items()} for impl in ({}, LOCAL)
+        {name: train_pairs(folder, replace(run, case=bf16(run.case, **impl))) for name, run in RUNS.items()}
+        for impl in ({}, LOCAL)
     )
     assert not much_worse(*(errors_of(trained, references) for trained in (ours, theirs)), times=2)
     rewards, yardstick = (
@@ -117,10 +118,6 @@ def test_in_bfloat16_it_is_as_exact_as_on_local_layers(folder: Path, exact: Call
     )
     assert rewards < 2 * yardstick + 0.02  # which are numbers of about 1
     assert all(run.ways == {"fused"} for run in ours.values())
-
-
-def bf16(dpo: Dpo, **overrides: Any) -> Dpo:
-    return replace(dpo, case=replace(dpo.case, overrides={**dpo.case.overrides, **BF16, **overrides}))
 
 
 def errors_of(trained: dict[str, Trained], references: dict[str, Trained]) -> dict[str, float]:

@@ -121,7 +121,7 @@ def test_backward_of_swiglu(features: int, ranks: int, complete: bool, dropout: 
 
     def kernel() -> Results:
         out, dA, dB, correlation = swiglu_backward(
-            g, d, y, None if complete else A[:ranks], low, low_ranks, halves, mask_of(dropout)
+            g, d, y, None if complete else A[:ranks], low, halves, mask_of(dropout)
         )
         sums = dB.sum(0)
         return out, dA.sum(0), sums[:ranks, :features], sums[ranks:, features:], correlation

@@ -55,8 +55,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def runs(models: dict[str, Path]) -> dict[str, Run]:
     """Every case on one GPU."""
-    shares = train_all(0, models, CASES, ONE)
-    return {name: join([share]) for name, share in shares.items()}
+    return on_one_gpu(models, CASES)
+
+
+def on_one_gpu(models: dict[str, Path], cases: dict[str, Case]) -> dict[str, Run]:
+    return {name: join([run]) for name, run in train_all(0, models, cases, ONE).items()}
 
 
 # PEFT sees each packed sample in a row of its own, which has another mask.
@@ -123,14 +126,10 @@ def test_in_bfloat16_the_kernels_are_as_exact_as_plain_torch(models: dict[str, P
         for name in names
         for seed in (1, 2)
     }
-    exact = together(models, cases)
-    ours = together(models, {name: bf16(case) for name, case in cases.items()})
-    theirs = together(models, {name: bf16(case, transformer_impl="local") for name, case in cases.items()})
+    exact = on_one_gpu(models, cases)
+    ours = on_one_gpu(models, {name: bf16(case) for name, case in cases.items()})
+    theirs = on_one_gpu(models, {name: bf16(case, transformer_impl="local") for name, case in cases.items()})
     assert not much_worse(off(ours, exact), off(theirs, exact))
-
-
-def together(models: dict[str, Path], cases: dict[str, Case]) -> dict[str, Run]:
-    return {name: join([run]) for name, run in train_all(0, models, cases, ONE).items()}
 
 
 @pytest.mark.parametrize("layout", ["TP2", "TP2+SP"])
@@ -140,7 +139,7 @@ def test_bfloat16_at_two_ranks(models: dict[str, Path], runs: dict[str, Run], la
     given = LAYOUTS[layout]
     ranks = run_gpu_ranks(2, train_all, models, cases, given, sizes=given.sizes)
     ours = {name: join([share[name] for share in ranks]) for name in cases}
-    assert not much_worse(off(ours, runs), off(together(models, cases), runs), times=2)
+    assert not much_worse(off(ours, runs), off(on_one_gpu(models, cases), runs), times=2)
 
 
 @pytest.mark.parametrize(
